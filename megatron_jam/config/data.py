@@ -1,0 +1,95 @@
+"""What a run trains on."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_jam.config.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSetConfig:
+    """One prepared set of a blend."""
+
+    name: str
+    """Name in logs. The order of the set's documents and its CM3 spans depend on (seed, name),
+    so that they stay when other sets join the blend."""
+
+    path: str
+    """PREFIX of PREFIX.bin, PREFIX.idx and PREFIX.json, which tools/prepare_*.py write."""
+
+    weight: float = 1.0
+    """Share of the samples, relative to the other sets' weights."""
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` naming a wrong setting."""
+        if not self.name or not self.path:
+            raise UsageError("data.sets: each set needs a name and a path")
+        if not 0 < self.weight < math.inf:
+            raise UsageError(
+                f"data.sets: weight of {self.name!r} must be a positive number, not {self.weight}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cm3Config:
+    """The CM3 objective (arXiv 2201.07520; JAM's code applies it to packed blocks)."""
+
+    mean_spans: float = 1.0
+    """Mean of the Poisson number of masked spans in a block; 0 spans leave the block as it is."""
+
+    max_spans: int = 16
+    """Most spans in a block (the vocabulary's sentinels are a second limit)."""
+
+    mask_whole_caption: float = 0.0
+    """Chance that a block's only span is one whole caption, in place of the spans above. The paper
+    has 0; then so few captions are masked that a small run never learns the stream without text
+    that classifier-free guidance needs, and 0.1 teaches it."""
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` naming a wrong setting."""
+        if not 0 <= self.mean_spans <= 100:
+            raise UsageError(f"data.cm3.mean_spans must be within 0..100, not {self.mean_spans}")
+        if self.max_spans < 1:
+            raise UsageError(f"data.cm3.max_spans must be at least 1, not {self.max_spans}")
+        if not 0 <= self.mask_whole_caption <= 1:
+            raise UsageError(
+                f"data.cm3.mask_whole_caption must be within 0..1, not {self.mask_whole_caption}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A blend of prepared sets, and how its samples are made."""
+
+    sets: list[DataSetConfig]
+    """The sets to blend."""
+
+    objective: Literal["causal", "cm3"] = "causal"
+    """causal: tokens as they are. cm3: some spans moved to the end of the sample."""
+
+    packing: Literal["stream", "documents"] = "stream"
+    """stream: a sample is the next context_length tokens of the shuffled documents in a row.
+    documents: as many whole documents as fit, then padding; longer ones are left out."""
+
+    loss_on: Literal["all", "answers"] = "all"
+    """answers: in sets of questions and answers only the answers and the </s> after each count;
+    other sets of the blend count in full."""
+
+    cm3: Cm3Config = field(default_factory=Cm3Config)
+    """Settings of objective: cm3."""
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` naming a wrong setting."""
+        names = [each.name for each in self.sets]
+        if not names or len(set(names)) < len(names):
+            raise UsageError(f"data.sets needs one or more sets with names of their own: {names}")
+        if self.objective == "cm3" and self.loss_on == "answers":
+            raise UsageError(
+                "data.objective=cm3 moves parts of answers away, so data.loss_on=answers cannot "
+                "find them: set data.objective=causal or data.loss_on=all"
+            )
+        if self.loss_on == "answers" and self.packing == "stream":
+            raise UsageError(
+                "data.loss_on=answers needs whole documents: set data.packing=documents"
+            )

@@ -1,0 +1,1 @@
+"""Indexed sets, the CM3 objective, packing, blending and instruction samples."""

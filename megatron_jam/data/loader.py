@@ -1,0 +1,137 @@
+"""From the configuration to collated batches; which rank reads which samples."""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_jam.config.data import DataConfig, DataSetConfig
+from megatron_jam.config.errors import UsageError
+from megatron_jam.data.blend import Blend
+from megatron_jam.data.cm3 import Cm3Dataset
+from megatron_jam.data.indexed import IndexedSet, open_set
+from megatron_jam.data.instruction import AnswerDataset
+from megatron_jam.data.packing import DocumentPacking, StreamPacking
+from megatron_jam.data.sample import CausalDataset, Dataset, Packing, Sample, sample_from_block
+from megatron_jam.tokenizers.vocabulary import JointVocabulary
+
+# Each use of the seed gets numbers of its own.
+_ORDER, _CM3 = 0, 1
+
+
+def build_dataset(
+    config: DataConfig, vocabulary: JointVocabulary, *, context_length: int, seed: int
+) -> Dataset:
+    """The blend that `config` describes: samples of `context_length` tokens.
+
+    Raises:
+        UsageError: a set is missing, damaged or of another vocabulary, or no document fits.
+    """
+    datasets = [
+        _build_set(each, config, vocabulary, context_length=context_length, seed=seed)
+        for each in config.sets
+    ]
+    return Blend(datasets, [each.weight for each in config.sets])
+
+
+def _build_set(
+    each: DataSetConfig,
+    config: DataConfig,
+    vocabulary: JointVocabulary,
+    *,
+    context_length: int,
+    seed: int,
+) -> Dataset:
+    documents = open_set(each.path, vocabulary)
+    key = (seed, zlib.crc32(each.name.encode()))
+    packing: Packing
+    if config.packing == "stream":
+        packing = StreamPacking(documents, context_length=context_length, seed=(*key, _ORDER))
+    else:
+        packing = DocumentPacking(
+            documents, context_length=context_length, seed=(*key, _ORDER), pad=vocabulary.pad
+        )
+    if config.objective == "cm3":
+        return Cm3Dataset(packing, vocabulary=vocabulary, config=config.cm3, seed=(*key, _CM3))
+    if config.loss_on == "answers" and documents.info.kind == "interleaved":
+        return AnswerDataset(packing, vocabulary=vocabulary)
+    return CausalDataset(packing, pad=vocabulary.pad)
+
+
+def global_batch_indices(
+    step: int,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> list[list[int]]:
+    """The sample indices of each micro-batch of one rank in training step `step` >= 0.
+
+    Step s reads samples [s * global_batch_size, (s + 1) * global_batch_size), whatever the number
+    of ranks and the size of micro-batches; the ranks' first micro-batches hold the first of them.
+
+    Raises:
+        UsageError: global_batch_size does not divide into the ranks' micro-batches.
+    """
+    stride = micro_batch_size * data_parallel_size
+    if global_batch_size % stride:
+        raise UsageError(
+            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
+            f"{micro_batch_size} x data-parallel size {data_parallel_size}"
+        )
+    first = step * global_batch_size + data_parallel_rank * micro_batch_size
+    return [
+        list(range(start, start + micro_batch_size))
+        for start in range(first, first + global_batch_size, stride)
+    ]
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """A batch of samples of one length: tokens, labels int64, loss_mask float32, positions int64,
+    each [batch, context_length]."""
+    tokens = torch.from_numpy(np.stack([each.tokens for each in samples]))
+    return {
+        "tokens": tokens,
+        "labels": torch.from_numpy(np.stack([each.labels for each in samples])),
+        "loss_mask": torch.from_numpy(np.stack([each.loss_mask for each in samples])).float(),
+        "positions": torch.arange(tokens.shape[1]).repeat(len(samples), 1),
+    }
+
+
+class EvaluationSamples(Sequence[Sample]):
+    """A set from its first token to its last, in the order of the file: every token but the first
+    is predicted exactly once, and the last sample is padded."""
+
+    def __init__(self, documents: IndexedSet, *, context_length: int, pad: int) -> None:
+        """Use :func:`evaluation_samples`."""
+        self._documents = documents
+        self._context_length = context_length
+        self._pad = pad
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return -(-(self._documents.num_tokens - 1) // self._context_length)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        """Sample `index`, from 0; IndexError beyond the last."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self._context_length
+        block = np.full(self._context_length + 1, self._pad, dtype=np.int64)
+        tokens = self._documents.tokens(start, start + block.size)
+        block[: tokens.size] = tokens
+        return sample_from_block(block, pad=self._pad)
+
+
+def evaluation_samples(
+    prefix: str, vocabulary: JointVocabulary, *, context_length: int
+) -> EvaluationSamples:
+    """All samples of the set PREFIX, neither shuffled nor masked, always the same.
+
+    Raises:
+        UsageError: the set is missing, damaged, or of another vocabulary.
+    """
+    documents = open_set(prefix, vocabulary)
+    return EvaluationSamples(documents, context_length=context_length, pad=vocabulary.pad)

@@ -1,0 +1,48 @@
+"""Prepare a set of questions with illustrated answers for training."""
+
+from megatron_jam.config.cli import run_command
+from megatron_jam.data.indexed import write_set
+from megatron_jam.data.prepare import load_text_folder, question_answer_documents
+from megatron_jam.parallel.device import select_device
+from megatron_jam.tokenizers.image import ImageTokenizer
+
+
+def main(
+    questions: str,
+    pictures: str,
+    text_tokenizer: str,
+    image_tokenizer: str,
+    prefix: str,
+    *,
+    batch_size: int = 64,
+) -> None:
+    """Write questions and answers as PREFIX.bin, PREFIX.idx and PREFIX.json.
+
+    Args:
+        questions: .jsonl file, {"question": ..., "answer": [{"text": ...}, {"image": key}]} a line.
+        pictures: .tar file with the picture of each key.
+        text_tokenizer: folder that tools/train_text_tokenizer.py wrote.
+        image_tokenizer: folder that tools/train_image_tokenizer.py wrote.
+        prefix: path of the set, without an ending.
+        batch_size: pictures encoded at a time.
+    """
+    tokenizer, vocabulary = load_text_folder(text_tokenizer)
+    documents = question_answer_documents(
+        questions,
+        pictures,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        image_tokenizer=ImageTokenizer.load(image_tokenizer).to(select_device()),
+        batch_size=batch_size,
+    )
+    write_set(
+        prefix,
+        documents,
+        vocabulary=vocabulary,
+        tokenizer_sha256=tokenizer.sha256,
+        kind="interleaved",
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
