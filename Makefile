@@ -1,0 +1,51 @@
+# `make quickstart` runs the main job, `make test` all fast tests; both set everything up first.
+PYTHON ?= python3
+# For a CPU-only torch: make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+STAMP := .venv/.megatron_jam
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: setup test test-slow quickstart lint format clean
+
+setup: $(STAMP)
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+
+# torch first, and no build isolation, so that the extension is built against the torch that runs.
+$(STAMP): setup.py pyproject.toml $(CSRC) | $(BIN)/pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet 'setuptools>=77' wheel ninja
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@
+
+test: setup lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" --durations=10
+
+quickstart: setup
+	$(BIN)/python examples/quickstart/run.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+# The virtual environment stays: its packages take minutes to install.
+clean:
+	rm -rf $(STAMP) build outputs megatron_jam.egg-info megatron_jam/_C*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

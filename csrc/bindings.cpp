@@ -1,0 +1,27 @@
+// The extension megatron_jam._C: importing it registers the operators torch.ops.megatron_jam.*.
+#include <Python.h>
+#include <torch/library.h>
+
+#include "launchers.h"
+
+TORCH_LIBRARY(megatron_jam, library) {
+  library.def(
+      "guided_sample(Tensor cond, Tensor? uncond, Tensor guidance_scale, Tensor temperature, "
+      "Tensor top_p, Tensor? legal, Tensor seed, Tensor offset) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(megatron_jam, CPU, library) {
+  library.impl("guided_sample", &jam::guided_sample_cpu);
+}
+
+#ifdef MEGATRON_JAM_CUDA
+TORCH_LIBRARY_IMPL(megatron_jam, CUDA, library) {
+  library.impl("guided_sample", &jam::guided_sample_cuda);
+}
+#endif
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,1 @@
+"""Faces of the csrc extension, each beside its plain-torch reference."""

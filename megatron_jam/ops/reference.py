@@ -1,0 +1,121 @@
+"""The kernels of csrc in plain torch, one row at a time: their specification, to the bit.
+
+Every float32 operation is rounded by itself or fused where :func:`fused` says so, and weights are
+integers whose float64 sums are exact in any order, so that a draw is the same on every backend.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+WEIGHT_BITS = 36  # the largest logit of a row weighs 2^36; 2^17 ids sum exactly in float64
+SMALLEST_EXPONENT = -40.0  # what is below weighs less than a half, so nothing
+# 2^f = 1 + f (c1 + f (c2 + ...)) for |f| <= 1/2, minimax to 1.1e-7 relative; from c5 to c1, exact
+# in float32.
+EXP2_COEFFICIENTS = (
+    0.001326472731307149,
+    0.009671512991189957,
+    0.05550733581185341,
+    0.24022242426872253,
+    0.6931470036506653,
+)
+
+
+def guided_sample_row(
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    *,
+    guidance_scale: float,
+    temperature: float,
+    top_p: float,
+    legal: Tensor | None = None,
+    seed: int,
+    offset: int,
+) -> int:
+    """The id that :func:`megatron_jam.ops.guided_sampling.guided_sample` draws for one row.
+
+    Args:
+        cond: logits [V]; float32, bfloat16 or float16, as is `uncond`.
+        legal: bool [V], or None: every id.
+
+    Raises:
+        ValueError: the row has no largest logit, or a setting is out of its range.
+    """
+    if not (temperature >= 0 and 0 < top_p <= 1 and math.isfinite(guidance_scale + temperature)):
+        raise ValueError("temperature must be >= 0, top_p in (0, 1], and guidance_scale finite")
+    logits = guided_logits(cond, uncond, guidance_scale=guidance_scale, legal=legal)
+    if not bool((logits < math.inf).all()):
+        raise ValueError("a logit of a legal id is NaN or +inf")
+    if not bool((logits > -math.inf).any()):
+        raise ValueError("no legal id has a logit above -inf")
+    if temperature == 0:
+        return int((logits == logits.max()).nonzero()[0, 0])
+    weights = sampling_weights(logits, temperature=temperature)
+    nucleus = top_p * float(weights.sum())
+    floor = 0.0
+    for round_ in range(1 << 32):
+        kept = torch.where(weights > floor, weights, 0.0)
+        target = philox_uniform(seed, offset, round_) * float(kept.sum())
+        token = int((kept.cumsum(0) > target).nonzero()[0, 0])
+        floor = float(weights[token])
+        if float(weights[weights > floor].sum()) < nucleus:
+            return token
+    raise AssertionError("the floor rises each round, so the loop ends")
+
+
+def guided_logits(
+    cond: Tensor, uncond: Tensor | None, *, guidance_scale: float, legal: Tensor | None
+) -> Tensor:
+    """u + guidance_scale (c - u) in float32 [V] (paper Eq. 6); -inf forbids, in either stream."""
+    logits = cond.float()
+    if uncond is not None:
+        c, u = logits, uncond.float()
+        logits = fused(torch.tensor(guidance_scale, dtype=torch.float32), c - u, u)
+        logits = logits.masked_fill((c == -math.inf) | (u == -math.inf), -math.inf)
+    return logits if legal is None else logits.masked_fill(~legal, -math.inf)
+
+
+def sampling_weights(logits: Tensor, *, temperature: float) -> Tensor:
+    """2^36 exp((logits - max) / temperature), rounded to integers, as float64 [V]."""
+    scale = torch.tensor(min(math.log2(math.e) / temperature, 2.0**127), dtype=torch.float32)
+    exponent = (logits - logits.max()) * scale
+    whole = exponent.clamp(min=SMALLEST_EXPONENT).round()
+    fraction = exponent.clamp(min=SMALLEST_EXPONENT) - whole
+    power = torch.full_like(fraction, EXP2_COEFFICIENTS[0])
+    for coefficient in (*EXP2_COEFFICIENTS[1:], 1.0):
+        power = fused(power, fraction, torch.tensor(coefficient, dtype=torch.float32))
+    weights = torch.ldexp(power.double(), whole.double() + WEIGHT_BITS).round()
+    return torch.where(exponent > SMALLEST_EXPONENT, weights, 0.0)
+
+
+def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The float32 fused multiply-add: a b + c, rounded once.
+
+    The product is exact in float64. Its sum with c is rounded to odd (Boldo and Melquiond 2008,
+    "Emulation of FMA and correctly rounded sums"), so that rounding it again to float32 is right.
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    rest = total - product
+    error = (product - (total - rest)) + (addend - rest)  # exact: Knuth's two-sum
+    bits = total.view(torch.int64)
+    inexact_even = (error != 0) & error.isfinite() & (bits % 2 == 0)
+    towards_error = torch.where((error > 0) == (total > 0), 1, -1)
+    return torch.where(inexact_even, bits + towards_error, bits).view(torch.float64).float()
+
+
+def philox_uniform(seed: int, offset: int, round_: int) -> float:
+    """A multiple of 2^-53 in [0, 1): the first 64 bits of Philox4x32-10 (Salmon et al. 2011).
+
+    Counter: offset (two words of 32 bits, the lower one first), round, 0. Key: seed (two words).
+    """
+    mask = 0xFFFFFFFF
+    x0, x1, x2, x3 = offset & mask, offset >> 32 & mask, round_ & mask, 0
+    key0, key1 = seed & mask, seed >> 32 & mask
+    for _ in range(10):
+        product0, product1 = 0xD2511F53 * x0, 0xCD9E8D57 * x2
+        x0, x1 = product1 >> 32 ^ x1 ^ key0, product1 & mask
+        x2, x3 = product0 >> 32 ^ x3 ^ key1, product0 & mask
+        key0, key1 = key0 + 0x9E3779B9 & mask, key1 + 0xBB67AE85 & mask
+    return ((x1 << 32 | x0) >> 11) * 2.0**-53
