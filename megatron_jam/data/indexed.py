@@ -6,13 +6,14 @@ PREFIX.json is written last: where it stands, the set is whole.
 
 import dataclasses
 import json
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from numpy.typing import NDArray
 
 from megatron_jam.config.errors import UsageError
@@ -23,6 +24,8 @@ from megatron_jam.tokenizers.vocabulary import IMAGE, SPECIAL, TEXT, JointVocabu
 Kind = Literal["text", "pairs", "interleaved"]
 
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
+# Magic, version, dtype code, number of sequences, number of documents + 1; not aligned.
+_HEADER = struct.Struct("<9sQBQQ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,23 +157,33 @@ def open_set(prefix: Path | str, vocabulary: JointVocabulary) -> IndexedSet:
     for name in ("bin", "idx"):
         if not Path(f"{prefix}.{name}").is_file():
             raise UsageError(f"{prefix}.{name} is missing: prepare the set again")
-    with open(f"{prefix}.idx", "rb") as stream:
-        if stream.read(len(_IDX_MAGIC)) != _IDX_MAGIC:
-            raise UsageError(f"{prefix}.idx is not a Megatron index: prepare the set again")
-    try:
-        index = IndexedDataset(str(prefix))
-        itemsize = np.dtype(index.index.dtype).itemsize
-        num_tokens = int(index.sequence_lengths.sum(dtype=np.int64))
-    except (AssertionError, ValueError, OSError) as error:
-        raise UsageError(f"{prefix}.idx or .bin is damaged ({error}): prepare it again") from error
-    size = Path(f"{prefix}.bin").stat().st_size
-    if (len(index), num_tokens) != (info.num_documents, info.num_tokens):
+    num_documents, dtype = _read_index_header(Path(f"{prefix}.idx"))
+    size, due = Path(f"{prefix}.bin").stat().st_size, info.num_tokens * dtype.itemsize
+    if size != due:
+        raise UsageError(f"{prefix}.bin has {size} bytes, not {due}: prepare the set again")
+    index = IndexedDataset(str(prefix))
+    num_tokens = int(index.sequence_lengths.sum(dtype=np.int64))
+    if (num_documents, num_tokens) != (info.num_documents, info.num_tokens):
         raise UsageError(f"{prefix}.idx and {prefix}.json differ: prepare the set again")
-    if size != num_tokens * itemsize:
-        raise UsageError(
-            f"{prefix}.bin has {size} bytes, not {num_tokens * itemsize}: prepare the set again"
-        )
     return IndexedSet(str(prefix), info, index)
+
+
+def _read_index_header(path: Path) -> tuple[int, np.dtype]:
+    """The number of sequences and the tokens' dtype of an .idx file of a plausible size.
+
+    Megatron's reader would end with a traceback, and a second one on clean-up.
+    """
+    with path.open("rb") as stream:
+        header = stream.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_IDX_MAGIC):
+        raise UsageError(f"{path} is not a Megatron index: prepare the set again")
+    _, version, code, num_sequences, num_documents = _HEADER.unpack(header)
+    if version != 1 or code not in {each.value for each in DType}:
+        raise UsageError(f"{path} has an unknown version or dtype: prepare the set again")
+    # Lengths int32 and pointers int64 of sequences, then the documents' borders int64.
+    if path.stat().st_size < _HEADER.size + num_sequences * (4 + 8) + num_documents * 8:
+        raise UsageError(f"{path} is cut short: prepare the set again")
+    return num_sequences, np.dtype(DType.dtype_from_code(code))
 
 
 def read_info(prefix: Path | str) -> SetInfo:

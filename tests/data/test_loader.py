@@ -1,0 +1,207 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_jam.config.data import Cm3Config, DataConfig, DataSetConfig
+from megatron_jam.config.errors import UsageError
+from megatron_jam.data.loader import (
+    build_dataset,
+    collate,
+    evaluation_samples,
+    global_batch_indices,
+)
+from megatron_jam.tokenizers.document import answer_mask
+from megatron_jam.tokenizers.vocabulary import IMAGE
+from tests.data.small import (
+    PAD,
+    VOCABULARY,
+    E,
+    make_set,
+    pair_documents,
+    question_documents,
+    text_documents,
+)
+
+N = 48
+
+
+@pytest.fixture
+def sets(tmp_path):
+    make_set(tmp_path / "text", text_documents(100), kind="text")
+    make_set(tmp_path / "pairs", pair_documents(100), kind="pairs")
+    make_set(tmp_path / "questions", question_documents(30), kind="interleaved")
+    return {
+        name: DataSetConfig(name=name, path=str(tmp_path / name))
+        for name in ("text", "pairs", "questions")
+    }
+
+
+def build(config, seed=1):
+    return build_dataset(config, VOCABULARY, context_length=N, seed=seed)
+
+
+def equal(a, b):
+    return all(np.array_equal(getattr(a, f), getattr(b, f)) for f in vars(a))
+
+
+CONFIGS = {
+    "causal": {},
+    "cm3": {"objective": "cm3", "cm3": Cm3Config(mean_spans=2, mask_whole_caption=0.1)},
+    "documents": {"packing": "documents"},
+    "cm3 documents": {"packing": "documents", "objective": "cm3"},
+    "answers": {"packing": "documents", "loss_on": "answers"},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_samples_are_a_function_of_seed_and_index(sets, name):
+    config = DataConfig(sets=list(sets.values()), **CONFIGS[name])
+    dataset = build(config)
+    samples = [dataset.sample(i) for i in range(60)]
+    again, other = build(config), build(config, seed=2)
+    for i in np.random.default_rng(0).permutation(60):
+        assert equal(again.sample(int(i)), samples[i])
+    assert not all(equal(other.sample(i), samples[i]) for i in range(60))
+    for sample in samples:
+        assert sample.tokens.shape == sample.labels.shape == sample.loss_mask.shape == (N,)
+        assert sample.tokens.dtype == sample.labels.dtype == np.int64
+        assert sample.loss_mask.dtype == bool
+        assert sample.tokens[1:].tolist() == sample.labels[:-1].tolist()
+        assert not sample.loss_mask[sample.labels == PAD].any()
+
+
+def test_stream_predicts_every_token_once(sets):
+    dataset = build(DataConfig(sets=[sets["text"]]))
+    stream = np.concatenate([dataset.sample(i).tokens for i in range(200)])
+    labels = np.concatenate([dataset.sample(i).labels for i in range(200)])
+    assert stream[1:].tolist() == labels[:-1].tolist()
+    epoch = np.concatenate(text_documents(100))
+    assert sorted(stream[: epoch.size].tolist()) == sorted(epoch.tolist())
+
+
+def test_a_set_keeps_its_samples_when_others_join(sets):
+    alone = build(DataConfig(sets=[sets["pairs"]], **CONFIGS["cm3"]))
+    blend = build(DataConfig(sets=[sets["text"], sets["pairs"]], **CONFIGS["cm3"]))
+    for i in range(40):
+        number, local = blend.locate(i)
+        if number == 1:
+            assert equal(blend.sample(i), alone.sample(local))
+
+
+def test_weights(sets):
+    weighted = [
+        dataclasses.replace(sets["text"], weight=3.0),
+        dataclasses.replace(sets["pairs"], weight=1.0),
+    ]
+    dataset = build(DataConfig(sets=weighted))
+    has_image = [
+        bool((VOCABULARY.modality[dataset.sample(i).tokens] == IMAGE).any()) for i in range(40)
+    ]
+    assert sum(has_image) == 10
+
+
+def test_answers_only(sets):
+    config = DataConfig(sets=[sets["questions"]], packing="documents", loss_on="answers")
+    dataset = build(config)
+    lengths = [each.size for each in question_documents(30)]
+    num_ends = num_counted = index = 0
+    while num_ends < 30:  # one epoch
+        sample = dataset.sample(index)
+        block = np.append(sample.tokens, sample.labels[-1])
+        assert sample.loss_mask.tolist() == answer_mask(VOCABULARY, block)[1:].tolist()
+        num_ends += int((sample.labels[sample.loss_mask] == E).sum())
+        num_counted += int(sample.loss_mask.sum())
+        index += 1
+    assert num_ends == 30
+    num_questions = sum(
+        int((~answer_mask(VOCABULARY, each)).sum()) for each in question_documents(30)
+    )
+    assert num_counted == sum(lengths) - num_questions
+
+
+def test_answers_only_counts_other_sets_in_full(sets):
+    config = DataConfig(
+        sets=[sets["questions"], sets["pairs"]], packing="documents", loss_on="answers"
+    )
+    dataset = build(config)
+    for i in range(20):
+        sample = dataset.sample(i)
+        all_counted = np.array_equal(sample.loss_mask, sample.labels != PAD)
+        assert all_counted == (dataset.locate(i)[0] == 1)
+
+
+def test_refuses_a_set_of_another_vocabulary(sets):
+    other = dataclasses.replace(VOCABULARY, bos=3, unk=0)
+    with pytest.raises(UsageError, match="another vocabulary"):
+        build_dataset(DataConfig(sets=[sets["text"]]), other, context_length=N, seed=0)
+
+
+def global_batch(step, ranks, micro_batch_size):
+    """The indices of a step in the order of micro-batches, ranks within."""
+    by_rank = [
+        global_batch_indices(
+            step,
+            global_batch_size=72,
+            micro_batch_size=micro_batch_size,
+            data_parallel_rank=rank,
+            data_parallel_size=ranks,
+        )
+        for rank in range(ranks)
+    ]
+    assert all(len(each) == 72 // ranks // micro_batch_size for each in by_rank)
+    return [i for micro in zip(*by_rank, strict=True) for rows in micro for i in rows]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_global_batches_do_not_depend_on_the_layout(ranks, micro_batch_size):
+    for step in (0, 1, 7):
+        assert global_batch(step, ranks, micro_batch_size) == list(range(72 * step, 72 * step + 72))
+
+
+def test_micro_batches_of_a_rank():
+    indices = global_batch_indices(
+        1, global_batch_size=8, micro_batch_size=2, data_parallel_rank=1, data_parallel_size=2
+    )
+    assert indices == [[10, 11], [14, 15]]
+
+
+def test_refuses_a_batch_that_does_not_divide():
+    with pytest.raises(UsageError, match=r"global_batch_size 8 .* micro_batch_size 3 .* size 2"):
+        global_batch_indices(
+            0, global_batch_size=8, micro_batch_size=3, data_parallel_rank=0, data_parallel_size=2
+        )
+
+
+def test_collate(sets):
+    dataset = build(DataConfig(sets=[sets["pairs"]], packing="documents"))
+    samples = [dataset.sample(i) for i in range(3)]
+    batch = collate(samples)
+    dtypes = {name: tensor.dtype for name, tensor in batch.items()}
+    assert dtypes == {
+        "tokens": torch.int64,
+        "labels": torch.int64,
+        "loss_mask": torch.float32,
+        "positions": torch.int64,
+    }
+    for row, sample in enumerate(samples):
+        assert batch["tokens"][row].tolist() == sample.tokens.tolist()
+        assert batch["labels"][row].tolist() == sample.labels.tolist()
+        assert batch["loss_mask"][row].tolist() == sample.loss_mask.tolist()
+        assert batch["positions"][row].tolist() == list(range(N))
+
+
+@pytest.mark.parametrize("context_length", [1, 10, 48, 5000])
+def test_evaluation_reads_every_token_once_in_order(sets, context_length):
+    samples = evaluation_samples(sets["pairs"].path, VOCABULARY, context_length=context_length)
+    stream = np.concatenate(pair_documents(100))
+    assert len(samples) == -(-(stream.size - 1) // context_length)
+    counted = np.concatenate([each.labels[each.loss_mask] for each in samples])
+    assert counted.tolist() == stream[1:].tolist()
+    read = np.concatenate([each.tokens[each.loss_mask] for each in samples])
+    assert read.tolist() == stream[:-1].tolist()
+    assert all(each.tokens.size == context_length for each in samples)
+    with pytest.raises(IndexError):
+        samples[len(samples)]

@@ -1,0 +1,125 @@
+import logging
+
+import numpy as np
+import pytest
+
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.log import logger
+from megatron_jam.data.packing import DocumentPacking, StreamPacking, shuffled
+from tests.data.small import PAD, E, make_set, text_documents
+
+SEED = (7, 1)
+NUM_EPOCHS = 5
+
+
+@pytest.fixture
+def documents():
+    return text_documents(40)
+
+
+@pytest.fixture
+def opened(tmp_path, documents):
+    return make_set(tmp_path / "text", documents)
+
+
+def in_order(documents, seed=SEED):
+    """The documents of NUM_EPOCHS epochs in a row, the slow and plain way."""
+    for epoch in range(NUM_EPOCHS):
+        yield from (documents[i] for i in shuffled(len(documents), seed=seed, epoch=epoch))
+
+
+def test_shuffled_is_a_permutation_of_its_own_for_each_seed_and_epoch():
+    orders = [
+        shuffled(40, seed=seed, epoch=epoch).tolist()
+        for seed in ((7, 1), (7, 2), (8, 1))
+        for epoch in range(3)
+    ]
+    assert all(sorted(order) == list(range(40)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 9
+    # Frozen: a change of the order would change every run that is resumed.
+    assert shuffled(8, seed=(7, 1), epoch=0).tolist() == [1, 3, 2, 7, 4, 5, 0, 6]
+
+
+# Shorter than a document, about a document, many, an epoch and more.
+@pytest.mark.parametrize("context_length", [1, 3, 16, 64, 250, 700])
+def test_stream_is_the_concatenation_cut_into_slices(opened, documents, context_length):
+    stream = np.concatenate(list(in_order(documents)))
+    packing = StreamPacking(opened, context_length=context_length, seed=SEED)
+    num_blocks = (stream.size - 1) // context_length
+    assert num_blocks * context_length > 3 * opened.num_tokens
+    for index in range(num_blocks):
+        start = index * context_length
+        block = packing.block(index)
+        assert block.dtype == np.int64
+        assert block.tolist() == stream[start : start + context_length + 1].tolist()
+
+
+def make_packing(kind, opened, seed=SEED):
+    if kind == "stream":
+        return StreamPacking(opened, context_length=32, seed=seed)
+    return DocumentPacking(opened, context_length=32, seed=seed, pad=PAD)
+
+
+@pytest.mark.parametrize("kind", ["stream", "documents"])
+def test_random_access_equals_sequential(opened, kind):
+    sequential = make_packing(kind, opened)
+    blocks = [sequential.block(index) for index in range(60)]
+    for index in np.random.default_rng(0).permutation(60):
+        fresh = make_packing(kind, opened)
+        assert fresh.block(int(index)).tolist() == blocks[index].tolist()
+    jumping = make_packing(kind, opened)
+    for index in np.random.default_rng(1).permutation(60):
+        assert jumping.block(int(index)).tolist() == blocks[index].tolist()
+
+
+@pytest.mark.parametrize("kind", ["stream", "documents"])
+def test_another_seed_gives_another_order(opened, kind):
+    one, other = make_packing(kind, opened), make_packing(kind, opened, seed=(7, 2))
+    assert one.block(0).tolist() != other.block(0).tolist()
+
+
+@pytest.mark.parametrize("context_length", [8, 9, 32, 100, 1000])
+def test_documents_are_packed_greedily(opened, documents, context_length):
+    packing = DocumentPacking(opened, context_length=context_length, seed=SEED, pad=PAD)
+    expected = []
+    for epoch in range(NUM_EPOCHS):
+        blocks = [[]]
+        for number in shuffled(len(documents), seed=SEED, epoch=epoch):
+            if len(blocks[-1]) + documents[number].size > context_length + 1:
+                blocks.append([])
+            blocks[-1].extend(documents[number].tolist())
+        expected += [block + [PAD] * (context_length + 1 - len(block)) for block in blocks]
+    assert [packing.block(index).tolist() for index in range(len(expected))] == expected
+    ends = sum(block.count(E) for block in expected)
+    assert ends == NUM_EPOCHS * len(documents)
+
+
+def test_longer_documents_are_left_out_and_counted(opened, documents, caplog):
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING, logger=logger.name):
+        packing = DocumentPacking(opened, context_length=5, seed=SEED, pad=PAD)
+    logger.removeHandler(caplog.handler)
+    fitting = sorted(each.tolist() for each in documents if each.size <= 6)
+    assert f"{40 - len(fitting)} of 40 documents are longer than context_length 5" in caplog.text
+    found, index = [], 0
+    while len(found) < len(fitting):
+        content = [token for token in packing.block(index).tolist() if token != PAD]
+        ends = [i + 1 for i, token in enumerate(content) if token == E]
+        assert ends[-1] == len(content)
+        pieces = zip([0, *ends], ends, strict=False)
+        found += [content[start:end] for start, end in pieces]
+        index += 1
+    assert sorted(found) == fitting
+
+
+def test_refuses_a_context_that_holds_no_document(opened):
+    with pytest.raises(UsageError, match="longer than context_length 0"):
+        DocumentPacking(opened, context_length=0, seed=SEED, pad=PAD)
+
+
+def test_a_document_as_long_as_the_block_fits(tmp_path):
+    document = np.append(np.arange(4, 12), E)
+    packing = DocumentPacking(
+        make_set(tmp_path / "one", [document]), context_length=8, seed=SEED, pad=PAD
+    )
+    assert packing.block(0).tolist() == packing.block(5).tolist() == document.tolist()
