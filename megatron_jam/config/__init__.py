@@ -1,0 +1,1 @@
+"""Typed settings, the command line, errors and the logger."""

@@ -1,0 +1,71 @@
+"""Run a typed function as a command: parse, call, and turn a user's mistake into one line."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import (
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    set_parsing_settings,
+)
+
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.log import configure_logging
+
+EXIT_USAGE = 2
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = None) -> None:
+    """Parse `arguments` by the signature of `function`, call it, and exit with its status.
+
+    Parameters without a default are positional, the others are options; the docstring is the help.
+    A :class:`UsageError`, a missing file or a wrong argument prints one line and exits with
+    status 2.
+    """
+    configure_logging()
+    with one_line_errors():
+        parser = ArgumentParser(description=function.__doc__, exit_on_error=False)
+        parser.add_function_arguments(function, as_group=False, as_positional=True)
+        parsed = parser.instantiate_classes(parse(parser, arguments))
+        function(**vars(parsed) if isinstance(parsed, Namespace) else parsed)
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
+    """Parse with `parser`; a wrong argument is a :class:`UsageError` of one line."""
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UsageError(f"{_first_line(error)} (see --help)") from error
+
+
+class one_line_errors:
+    """Context in which a user's mistake ends the process with one line and status 2."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, KeyboardInterrupt):
+            _leave("interrupted", 130)
+        if isinstance(error, UsageError):
+            _leave(str(error), EXIT_USAGE)
+        if isinstance(error, FileNotFoundError) and error.filename is not None:
+            _leave(f"no such file or folder: {Path(os.fsdecode(error.filename))}", EXIT_USAGE)
+        return False
+
+
+def _leave(message: str, status: int) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"error: {message}\n")
+    sys.exit(status)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__

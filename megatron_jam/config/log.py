@@ -1,0 +1,23 @@
+"""The package's one logger. Rank 0 speaks; the other ranks speak from WARNING up."""
+
+import logging
+import os
+import sys
+import warnings
+
+# Megatron-Core warns of every optional package that is not there, on every rank; which fused parts
+# are in use is said once by the run itself.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+
+logger = logging.getLogger("megatron_jam")
+
+
+def configure_logging() -> None:
+    """Send the logger to standard error, one plain line a record."""
+    if logger.handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

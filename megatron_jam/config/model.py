@@ -1,0 +1,164 @@
+"""The typed description of a model: towers, bridges, head. Saved as a weights folder's config.json."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_jam.config.errors import UsageError
+
+MAIN, IMAGE, TEXT = "main", "image", "text"
+PAIR = (IMAGE, TEXT)
+"""The order of the two towers wherever their states or names stand side by side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """A decoder-only transformer: pre-norm layers of causal self-attention and an FFN."""
+
+    num_layers: int
+    """Layers."""
+
+    hidden_size: int
+    """Width d of the residual stream."""
+
+    num_heads: int
+    """Attention heads; d / heads is the head size."""
+
+    ffn_size: int = 0
+    """Inner width of the FFN; 0 means 4 d."""
+
+    activation: Literal["relu", "gelu"] = "relu"
+    """FFN activation; gelu is the tanh form."""
+
+    bias: bool = False
+    """Biases in all linear layers."""
+
+    affine_norm: bool = False
+    """Learnable scale and shift in the layer norms."""
+
+    norm_epsilon: float = 1e-5
+    """Added to the variance in layer norms."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"tower {name} is {getattr(self, name)}; it must be at least 1")
+        if self.hidden_size % self.num_heads:
+            raise UsageError(
+                f"tower num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
+            )
+
+    @property
+    def inner_size(self) -> int:
+        """Inner width of the FFN."""
+        return self.ffn_size or 4 * self.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeConfig:
+    """Bidirectional cross-attention blocks between two towers (paper section 2.1.3)."""
+
+    every: int = 2
+    """A bridge follows layer l where l % every == 0; 0 means no bridges (paper table 4)."""
+
+    start: Literal["random", "zero"] = "random"
+    """How new bridges begin: `random` as the authors' code, `zero` adds nothing at step 0."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise UsageError(f"bridges.every is {self.every}; it must be 0 (none) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A model of one tower (a parent, JAM-Uniform, JAM-Width) or of two (JAM-Cross)."""
+
+    towers: dict[str, TowerConfig]
+    """`{main: ...}`, or `{image: ..., text: ...}`."""
+
+    vocab_size: int
+    """True number of token ids; padding to a multiple of TP exists in memory only."""
+
+    max_positions: int
+    """Longest sequence."""
+
+    position_offset: int = 2
+    """Unused rows in front of the position table (OPT's convention)."""
+
+    init_std: float = 0.006
+    """Standard deviation of fresh weights (CM3leon), cut at 3 sigma."""
+
+    bridges: BridgeConfig = field(default_factory=BridgeConfig)
+    """Bridges between two towers; ignored for one."""
+
+    projection_start: Literal["random", "half"] = "random"
+    """How JAM-Cross's [image ; text] -> d projection begins: N(0, 1/sqrt(d)) as the authors' code,
+    or [I/2, I/2], which keeps the parents' output map."""
+
+    def __post_init__(self) -> None:
+        if set(self.towers) not in ({MAIN}, set(PAIR)):
+            raise UsageError(
+                f"towers are {sorted(self.towers)}; give either `{MAIN}` or `{IMAGE}` and `{TEXT}`"
+            )
+        if self.is_pair:
+            image, text = self.towers[IMAGE], self.towers[TEXT]
+            for name in ("num_layers", "hidden_size"):
+                if getattr(image, name) != getattr(text, name):
+                    raise UsageError(f"towers image and text differ in {name}")
+        for name in ("vocab_size", "max_positions"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the model has two towers (JAM-Cross)."""
+        return MAIN not in self.towers
+
+    @property
+    def tower_names(self) -> tuple[str, ...]:
+        """Names of the towers, in the order of their states."""
+        return PAIR if self.is_pair else (MAIN,)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of each tower."""
+        return next(iter(self.towers.values())).num_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the embedding and of the head, d."""
+        return next(iter(self.towers.values())).hidden_size
+
+    @property
+    def joint_size(self) -> int:
+        """Width of what crosses a pipeline boundary: the towers' widths added up."""
+        return sum(tower.hidden_size for tower in self.towers.values())
+
+    def has_bridge(self, layer: int) -> bool:
+        """Whether a bridge follows `layer` (counted from 0)."""
+        return self.is_pair and self.bridges.every > 0 and layer % self.bridges.every == 0
+
+    def save(self, path: Path) -> None:
+        """Write JSON to `path`."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelConfig":
+        """Build from plain dictionaries; an unknown key is a UsageError."""
+        values = dict(values)
+        towers = {name: _build(TowerConfig, v) for name, v in values.pop("towers", {}).items()}
+        bridges = _build(BridgeConfig, values.pop("bridges", {}))
+        return _build(cls, {**values, "towers": towers, "bridges": bridges})
+
+
+def _build(cls: type, values: dict):  # type: ignore[no-untyped-def]
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise UsageError(f"unknown key `{name}` in {cls.__name__}; known: {sorted(known)}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UsageError(f"{cls.__name__}: {error}") from error

@@ -1,0 +1,159 @@
+"""The typed settings of a training run; one YAML file, dotted overrides on the command line."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from megatron_jam.config.cli import parse
+from megatron_jam.config.data import DataConfig, DataSetConfig
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.parallel import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and linear decay (OPT's and metaseq's settings)."""
+
+    learning_rate: float = 3e-5
+    """Peak rate (paper: 3e-5 alignment, 1e-5 instruction tuning)."""
+
+    final_learning_rate: float = 3e-6
+    """Rate at the last step; not stated in the paper, OPT ends at a tenth."""
+
+    warmup_steps: int = 500
+    """Steps of linear warm-up (paper: 500 alignment, 300 instruction tuning)."""
+
+    beta1: float = 0.9
+    """Decay of the first moment (OPT; not stated in the paper)."""
+
+    beta2: float = 0.95
+    """Decay of the second moment (OPT; not stated in the paper)."""
+
+    epsilon: float = 1e-8
+    """Added to the root of the second moment (OPT; not stated in the paper)."""
+
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices (OPT; not stated in the paper)."""
+
+    clip_norm: float = 1.0
+    """Largest gradient norm; larger ones are scaled down to it (OPT; not stated in the paper)."""
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of step `step` (from 0) of `steps`."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        left = max(0.0, 1 - (step - self.warmup_steps) / max(1, steps - self.warmup_steps))
+        return self.final_learning_rate + left * (self.learning_rate - self.final_learning_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training phase: parents, continued pretraining and instruction tuning differ only here."""
+
+    weights: Path
+    """Weights folder that the run starts from."""
+
+    output: Path
+    """Folder for checkpoints, metrics, the resolved configuration and the final weights folder."""
+
+    data: DataConfig
+    """What is learnt from."""
+
+    validation: list[DataSetConfig] = field(default_factory=list)
+    """Sets measured without masking at the end and every `validate_every` steps."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+
+    context_length: int
+    """Tokens of a sample."""
+
+    global_batch_size: int
+    """Samples of one optimizer step over all ranks."""
+
+    micro_batch_size: int = 1
+    """Samples that one rank computes at once."""
+
+    seed: int = 0
+    """Seed of data order and masking."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Parameters and activations; with bf16 gradients and optimizer stay fp32."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, attention scores, whole layers."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Degrees of parallelism."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
+
+    log_every: int = 10
+    """Steps between log lines."""
+
+    validate_every: int = 0
+    """Steps between validations; 0 validates at the end alone."""
+
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 saves at the end (or at `stop_at`) alone."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+
+    stop_at: int = 0
+    """Save and stop after this step, for a run in several jobs; 0 runs to the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "context_length", "global_batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def num_micro_batches(self, world_size: int) -> int:
+        """Micro-batches of each rank in a step.
+
+        Raises:
+            UsageError: if micro_batch_size x data-parallel size does not divide global_batch_size.
+        """
+        at_once = self.micro_batch_size * self.parallel.data(world_size)
+        if self.global_batch_size % at_once:
+            raise UsageError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size"
+                f" {self.micro_batch_size} x {at_once // self.micro_batch_size} replicas"
+            )
+        return self.global_batch_size // at_once
+
+    def save(self, path: Path) -> None:
+        """Write the resolved settings as YAML, which `load_run_config` reads back."""
+        path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
+
+
+def load_run_config(arguments: Sequence[str] | None = None) -> RunConfig:
+    """Parse `--config FILE.yaml` and dotted overrides, for example `--optimizer.learning_rate 1e-4`.
+
+    Raises:
+        UsageError: an unknown key, a wrong value, a missing file; the message names it.
+    """
+    parser = ArgumentParser(
+        prog="megatron_jam.train",
+        description="Train a weights folder on prepared data; resumes its own run.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    values = parser.instantiate_classes(parse(parser, arguments))
+    fields = [f.name for f in dataclasses.fields(RunConfig)]
+    return RunConfig(**{name: values[name] for name in fields})
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,1 @@
+"""Towers, bridges, heads and the parameter table."""

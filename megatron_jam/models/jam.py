@@ -1,0 +1,247 @@
+"""JamModel: one or two towers, bridges and head; this rank's share of it.
+
+Shape letters: S sequence, B batch, d width, V vocabulary.
+"""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.model import ModelConfig
+from megatron_jam.models.layers import JointLayer, LayerNorm, engine_config
+from megatron_jam.models.loss import vocab_parallel_cross_entropy
+from megatron_jam.models.stages import stage_layers
+from megatron_jam.parallel.world import World
+
+
+class JamModel(MegatronModule):
+    """One chunk of a model's layers, with the embedding on the first and the head on the last one.
+
+    Both towers' layer l and their bridge live together; where the model is cut into pipeline stages
+    the towers' states cross as one tensor [S, B, sum of widths], in the order image, text.
+    """
+
+    # Megatron reduces one tied table by itself; `tied_weights` and training/ reduce all of them.
+    share_embeddings_and_output_weights = False
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        world: World,
+        *,
+        dtype: torch.dtype = torch.float32,
+        recompute: str = "none",
+        chunk: int = 0,
+    ) -> None:
+        """Build chunk `chunk` of this stage; weights are left for `weights/load.py` to fill.
+
+        Raises:
+            UsageError: if the layout does not fit the model; the message names the setting.
+        """
+        parallel = world.parallel
+        check_layout(model, world)
+        super().__init__(config=joint_engine_config(model, world, dtype))
+        self.model_type = ModelType.encoder_or_decoder
+        self.model_config = model
+        self.recompute = recompute == "full"
+        self.groups = world.groups
+        stages = parallel.pipeline
+        self.layer_range = stage_layers(
+            model.num_layers,
+            stages=stages,
+            interleave=parallel.interleave,
+            stage=world.pipeline.rank,
+            chunk=chunk,
+        )
+        self.pre_process = world.pipeline.is_first and chunk == 0
+        self.post_process = world.pipeline.is_last and chunk == parallel.interleave - 1
+        self.vp_stage = chunk if parallel.interleave > 1 else None
+        engines = {
+            name: engine_config(tower, parallel, dtype, recompute)
+            for name, tower in model.towers.items()
+        }
+        joint = self.config
+        if self.pre_process:
+            self.embedding = Embedding(model, joint, world)
+        self.layers = nn.ModuleDict(
+            {str(i): JointLayer(model, i, engines, world.groups) for i in self.layer_range}
+        )
+        if self.post_process:
+            self.head = Head(model, joint, world, tied=self.pre_process)
+        self._received: Tensor | None = None
+        self.to(world.device)
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Receive the previous stage's states from Megatron's schedule."""
+        self._received = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(self, tokens: Tensor, positions: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Run this chunk.
+
+        Args:
+            tokens: int64 [B, S].
+            positions: int64 [B, S], counted from 0.
+            labels: int64 [B, S]; without them the last stage returns logits.
+
+        Returns:
+            The states [S, B, sum of d] for the next stage; on the last stage the loss of each
+            position, float32 [B, S] in nats (float64 for float64 models), or with no labels this
+            rank's share of the logits, [S, B, padded V / TP].
+        """
+        states = self._enter(tokens, positions)
+        for layer in self.layers.values():
+            if self.recompute and self.training:
+                states = tensor_parallel.checkpoint(layer, False, *states)
+            else:
+                states = layer(*states)
+        if not self.post_process:
+            return torch.cat(states, dim=-1) if len(states) > 1 else states[0]
+        logits = self.head(states, self.embedding.tokens.weight if self.pre_process else None)
+        return logits if labels is None else self._loss(logits, labels)
+
+    def _enter(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        towers = self.model_config.towers
+        if self.pre_process:
+            # One embedding feeds both towers (the authors' code).
+            return (self.embedding(tokens, positions),) * len(towers)
+        assert self._received is not None, "the previous stage has sent nothing"
+        widths = [towers[name].hidden_size for name in self.model_config.tower_names]
+        return tuple(x.contiguous() for x in self._received.split(widths, dim=-1))
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = vocab_parallel_cross_entropy(
+            logits,
+            labels.transpose(0, 1).contiguous(),
+            num_real=self.head.num_real,
+            group=self.groups.tp,
+        )
+        return loss.transpose(0, 1).contiguous()
+
+    def tied_weights(self) -> list[nn.Parameter]:
+        """Tables that the first and the last stage each hold a copy of, in a fixed order."""
+        if self.pre_process and not self.post_process:
+            return [self.embedding.tokens.weight]
+        if self.post_process and not self.pre_process:
+            return [self.head.output.weight]
+        return []
+
+
+class Embedding(nn.Module):
+    """Token rows, split over tensor-parallel ranks by vocabulary, plus learned positions."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, world: World) -> None:
+        super().__init__()
+        d = model.hidden_size
+        self.offset = model.position_offset
+        self.sequence_parallel = config.sequence_parallel
+        self.group = world.groups.tp
+        self.tokens = VocabParallelEmbedding(
+            padded_vocabulary(model.vocab_size, world.tensor.size),
+            d,
+            init_method=nn.init.zeros_,
+            reduce_scatter_embeddings=self.sequence_parallel,
+            config=config,
+            tp_group=self.group,
+        )
+        rows = model.max_positions + self.offset
+        self.positions = nn.Embedding(rows, d, dtype=config.params_dtype)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """int64 [B, S] twice -> [S, B, d] (S / TP with sequence parallelism)."""
+        words = self.tokens(tokens)
+        places = self.positions(positions + self.offset).transpose(0, 1)
+        if not self.sequence_parallel:
+            return words.transpose(0, 1) + places
+        places = places.contiguous()
+        return words + tensor_parallel.scatter_to_sequence_parallel_region(places, group=self.group)
+
+
+class Head(nn.Module):
+    """States -> logits: for two towers [image ; text] -> Linear(2d, d); then norm, tied rows."""
+
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, world: World, *, tied: bool
+    ) -> None:
+        super().__init__()
+        d = model.hidden_size
+        tower = model.towers[model.tower_names[0]]
+        rows = padded_vocabulary(model.vocab_size, world.tensor.size)
+        if model.is_pair:
+            self.projection = nn.Linear(2 * d, d, bias=False, dtype=config.params_dtype)
+            self.projection.weight.sequence_parallel = config.sequence_parallel
+        self.norm = LayerNorm(config, d, tower.norm_epsilon, affine=tower.affine_norm)
+        self.output = ColumnParallelLinear(
+            d,
+            rows,
+            config=config,
+            init_method=nn.init.zeros_,
+            bias=False,
+            skip_weight_param_allocation=tied,
+            tp_group=world.groups.tp,
+        )
+        local = rows // world.tensor.size
+        # What lies behind the true vocabulary on the last ranks is padding: never in a loss.
+        self.num_real = max(0, min(local, model.vocab_size - world.tensor.rank * local))
+
+    def forward(self, states: tuple[Tensor, ...], weight: Tensor | None) -> Tensor:
+        """[S, B, d] of each tower -> this rank's logits [S, B, padded V / TP]."""
+        hidden = states[0]
+        if len(states) > 1:
+            hidden = F.linear(torch.cat(states, dim=-1), self.projection.weight)
+        logits, _ = self.output(self.norm(hidden), weight=weight)
+        return logits
+
+
+def padded_vocabulary(size: int, tensor: int) -> int:
+    """Rows of the token table in memory: the smallest multiple of TP that holds `size`."""
+    return math.ceil(size / tensor) * tensor
+
+
+def joint_engine_config(model: ModelConfig, world: World, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's settings for the model as a whole: schedules, gradients, embedding and head.
+
+    Its `hidden_size` is the width of what crosses a stage boundary.
+    """
+    parallel = world.parallel
+    interleaved = parallel.interleave > 1
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.joint_size,
+        num_attention_heads=sum(tower.num_heads for tower in model.towers.values()),
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.interleave if interleaved else None,
+        # At PP=2 batched sends of the interleaved schedule are mixed up, silently.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=False,
+        perform_initialization=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def check_layout(model: ModelConfig, world: World) -> None:
+    """Refuse a layout that the model cannot take, naming the setting."""
+    tensor = world.parallel.tensor
+    for name, tower in model.towers.items():
+        for setting, value in (("num_heads", tower.num_heads), ("ffn_size", tower.inner_size)):
+            if value % tensor:
+                raise UsageError(
+                    f"parallel.tensor {tensor} does not divide {setting} {value} of tower {name};"
+                    " choose a divisor of it"
+                )

@@ -1,0 +1,177 @@
+"""Layer specs: how a tower's layer and a bridge are put together from Megatron-Core's parts."""
+
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import (
+    CrossAttention,
+    CrossAttentionSubmodules,
+    SelfAttention,
+    SelfAttentionSubmodules,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_jam.config.model import IMAGE, TEXT, ModelConfig, TowerConfig
+from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.models.attention import CausalAttention
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with or without learnable parameters, fit for sequence parallelism.
+
+    Megatron's own norms always have parameters, and its local one refuses sequence parallelism.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, affine: bool = False
+    ) -> None:
+        super().__init__(hidden_size, eps, elementwise_affine=affine, dtype=config.params_dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+
+def engine_config(
+    tower: TowerConfig, parallel: ParallelConfig, dtype: torch.dtype, recompute: str
+) -> TransformerConfig:
+    """A tower's settings in Megatron-Core's terms."""
+    return TransformerConfig(
+        num_layers=tower.num_layers,
+        hidden_size=tower.hidden_size,
+        num_attention_heads=tower.num_heads,
+        ffn_hidden_size=tower.inner_size,
+        activation_func=F.relu if tower.activation == "relu" else _gelu_tanh,
+        add_bias_linear=tower.bias,
+        layernorm_epsilon=tower.norm_epsilon,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        # Stages are ours: Megatron would add a stage's offset to the layer numbers by itself.
+        pipeline_model_parallel_size=1,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        recompute_granularity="selective" if recompute == "selective" else None,
+        recompute_modules=["core_attn"] if recompute == "selective" else None,
+        # Weights come from a weights folder.
+        perform_initialization=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _norm(tower: TowerConfig) -> ModuleSpec:
+    return ModuleSpec(module=LayerNorm, params={"affine": tower.affine_norm})
+
+
+def _mlp() -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+
+
+def tower_layer_spec(tower: TowerConfig) -> ModuleSpec:
+    """norm -> causal self-attention -> add; norm -> FFN -> add."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=CausalAttention,
+            linear_proj=RowParallelLinear,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=_norm(tower),
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=_norm(tower),
+            mlp=_mlp(),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def bridge_spec(tower: TowerConfig) -> ModuleSpec:
+    """norm on the reader's states -> causal cross-attention to the raw states of the other tower
+    -> add; norm -> FFN -> add (the authors' code; the paper's eq. 4-5 show the attention alone)."""
+    attention = ModuleSpec(
+        module=CrossAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=CrossAttentionSubmodules(
+            linear_q=ColumnParallelLinear,
+            linear_kv=ColumnParallelLinear,
+            core_attention=CausalAttention,
+            linear_proj=RowParallelLinear,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_cross_attn_layernorm=_norm(tower),
+            cross_attention=attention,
+            cross_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=_norm(tower),
+            mlp=_mlp(),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class JointLayer(nn.Module):
+    """Layer l of every tower and, where the model has one, the bridge that follows it."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        engines: dict[str, TransformerConfig],
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__()
+
+        def build(spec: ModuleSpec, name: str) -> Any:
+            engine = engines[name]
+            return build_module(spec, config=engine, layer_number=layer + 1, pg_collection=groups)
+
+        towers = model.towers
+        self.towers = nn.ModuleDict(
+            {name: build(tower_layer_spec(towers[name]), name) for name in model.tower_names}
+        )
+        self.bridges = nn.ModuleDict(
+            {name: build(bridge_spec(towers[name]), name) for name in model.tower_names}
+            if model.has_bridge(layer)
+            else {}
+        )
+
+    def forward(self, *states: Tensor) -> tuple[Tensor, ...]:
+        """Map each tower's states [S, B, d] to its next ones."""
+        towers = zip(self.towers.values(), states, strict=True)
+        states = tuple(tower(state, attention_mask=None)[0] for tower, state in towers)
+        if not self.bridges:
+            return states
+        # Both directions read the states from before either update.
+        image, text = states
+        return (
+            self.bridges[IMAGE](image, attention_mask=None, context=text)[0],
+            self.bridges[TEXT](text, attention_mask=None, context=image)[0],
+        )

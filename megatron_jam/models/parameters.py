@@ -1,0 +1,180 @@
+"""The one table of a model's parameters: canonical name, shape, split, place and start.
+
+Loading, export, initialisation, checkpoints and parity tests are loops over this table. Canonical
+names are those of a weights folder: one tensor for each logical weight, never fused or sharded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_jam.config.model import ModelConfig, TowerConfig
+
+Start = Literal["normal", "scaled", "position", "xavier", "zero", "one", "projection", "half"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One logical weight."""
+
+    name: str
+    """Canonical name."""
+
+    shape: tuple[int, ...]
+    """Full shape, without padding."""
+
+    split: int | None = None
+    """Dimension that tensor parallelism splits; None is replicated."""
+
+    layer: int | None = None
+    """Layer it belongs to; None stands outside the layers (embeddings, head)."""
+
+    tower: str | None = None
+    """Tower that it writes to, or None for what the towers share."""
+
+    start: Start = "normal"
+    """How a fresh model begins (facts: `weights/initial.py`)."""
+
+    module: str
+    """Parameter of JamModel that holds it."""
+
+    part: tuple[int, int] = (0, 1)
+    """It is part i of n of that parameter, interleaved with the others head by head."""
+
+    head_size: int = 1
+    """Rows of a head, for interleaving."""
+
+
+TOKENS, POSITIONS = "embedding.tokens.weight", "embedding.positions.weight"
+PROJECTION = "head.projection.weight"
+
+
+def parameter_table(config: ModelConfig) -> list[Parameter]:
+    """All parameters of a model, in the order of its forward pass."""
+    d = config.hidden_size
+    rows = config.max_positions + config.position_offset
+    table = [
+        Parameter(name=TOKENS, shape=(config.vocab_size, d), split=0, module=TOKENS),
+        Parameter(name=POSITIONS, shape=(rows, d), start="position", module=POSITIONS),
+    ]
+    for layer in range(config.num_layers):
+        for name in config.tower_names:
+            table += _layer(config.towers[name], layer, name)
+        if config.has_bridge(layer):
+            for name in config.tower_names:
+                table += _bridge(config, layer, name)
+    return table + list(_head(config))
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Exact number of weights of a model."""
+    total = 0
+    for parameter in parameter_table(config):
+        size = 1
+        for length in parameter.shape:
+            size *= length
+        total += size
+    return total
+
+
+def _layer(tower: TowerConfig, layer: int, name: str) -> Iterator[Parameter]:
+    canonical, module = f"layers.{layer}.{name}", f"layers.{layer}.towers.{name}"
+    place = {"layer": layer, "tower": name}
+    yield from _norm(tower, f"{canonical}.attention_norm", f"{module}.input_layernorm", place)
+    for i, kind in enumerate("qkv"):
+        fused = f"{module}.self_attention.linear_qkv"
+        yield from _heads(tower, f"{canonical}.attention.{kind}", fused, (i, 3), place)
+    proj = f"{module}.self_attention.linear_proj"
+    yield from _row(tower, f"{canonical}.attention.out", proj, tower.hidden_size, place)
+    yield from _ffn(tower, canonical, module, place)
+
+
+def _bridge(config: ModelConfig, layer: int, name: str) -> Iterator[Parameter]:
+    """A bridge that writes to tower `name` and reads the other one."""
+    tower = config.towers[name]
+    canonical, module = f"bridges.{layer}.{name}", f"layers.{layer}.bridges.{name}"
+    place = {"layer": layer, "tower": name}
+    output: Start = "zero" if config.bridges.start == "zero" else "scaled"
+    attention = f"{module}.cross_attention"
+    yield from _norm(
+        tower, f"{canonical}.attention_norm", f"{module}.pre_cross_attn_layernorm", place
+    )
+    for kind, fused, part in (
+        ("q", "linear_q", (0, 1)),
+        ("k", "linear_kv", (0, 2)),
+        ("v", "linear_kv", (1, 2)),
+    ):
+        weights = _heads(
+            tower, f"{canonical}.attention.{kind}", f"{attention}.{fused}", part, place, "xavier"
+        )
+        yield from weights
+    proj = f"{attention}.linear_proj"
+    yield from _row(tower, f"{canonical}.attention.out", proj, tower.hidden_size, place, output)
+    yield from _ffn(tower, canonical, module, place, output)
+
+
+def _ffn(
+    tower: TowerConfig, canonical: str, module: str, place: dict, output: Start = "zero"
+) -> Iterator[Parameter]:
+    inner = tower.inner_size
+    yield from _norm(tower, f"{canonical}.ffn_norm", f"{module}.pre_mlp_layernorm", place)
+    fc1 = {"module": f"{module}.mlp.linear_fc1", "split": 0}
+    yield from _linear(tower, f"{canonical}.ffn.fc1", (inner, tower.hidden_size), fc1, place)
+    yield from _row(tower, f"{canonical}.ffn.fc2", f"{module}.mlp.linear_fc2", inner, place, output)
+
+
+def _heads(
+    tower: TowerConfig,
+    name: str,
+    module: str,
+    part: tuple[int, int],
+    place: dict,
+    start: Start = "normal",
+) -> Iterator[Parameter]:
+    """A projection to heads: rows are split, and fused with its siblings head by head."""
+    d = tower.hidden_size
+    held = {"module": module, "split": 0, "part": part, "head_size": d // tower.num_heads}
+    yield from _linear(tower, name, (d, d), held, place, start)
+
+
+def _row(
+    tower: TowerConfig, name: str, module: str, inputs: int, place: dict, start: Start = "zero"
+) -> Iterator[Parameter]:
+    """A residual branch's output: columns are split, its bias is replicated."""
+    shape = (tower.hidden_size, inputs)
+    yield from _linear(tower, name, shape, {"module": module, "split": 1}, place, start)
+
+
+def _linear(
+    tower: TowerConfig,
+    name: str,
+    shape: tuple[int, int],
+    held: dict,
+    place: dict,
+    start: Start = "normal",
+) -> Iterator[Parameter]:
+    weight = {**held, "module": f"{held['module']}.weight"}
+    yield Parameter(name=f"{name}.weight", shape=shape, start=start, **weight, **place)
+    if tower.bias:
+        bias = {**held, "module": f"{held['module']}.bias"}
+        bias["split"] = 0 if held["split"] == 0 else None
+        yield Parameter(name=f"{name}.bias", shape=shape[:1], start="zero", **bias, **place)
+
+
+def _norm(tower: TowerConfig, name: str, module: str, place: dict) -> Iterator[Parameter]:
+    if tower.affine_norm:
+        shape = (tower.hidden_size,)
+        for kind, start in (("weight", "one"), ("bias", "zero")):
+            yield Parameter(
+                name=f"{name}.{kind}", shape=shape, start=start, module=f"{module}.{kind}", **place
+            )
+
+
+def _head(config: ModelConfig) -> Iterator[Parameter]:
+    d = config.hidden_size
+    if config.is_pair:
+        start: Start = "half" if config.projection_start == "half" else "projection"
+        yield Parameter(name=PROJECTION, shape=(d, 2 * d), start=start, module=PROJECTION)
+    yield from _norm(config.towers[config.tower_names[0]], "head.norm", "head.norm", {})
+
+

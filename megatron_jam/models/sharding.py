@@ -1,0 +1,111 @@
+"""Between logical weights and this rank's parameters: which slice, and how it is packed."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+
+from megatron_jam.models.jam import JamModel, padded_vocabulary
+from megatron_jam.models.parameters import TOKENS, Parameter, parameter_table
+from megatron_jam.parallel.world import Axis
+
+ReadSlice = Callable[[str, int | None, int, int], Tensor]
+"""(canonical name, dimension or None for the whole, start, stop) -> tensor."""
+
+OUTPUT = "head.output.weight"
+"""JamModel's second copy of the token table, on the last of several stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A parameter of this rank and the logical weights packed into it."""
+
+    key: str
+    """Name of the parameter in JamModel; a tied copy has the name of the table it copies."""
+
+    parameter: nn.Parameter
+    parts: tuple[Parameter, ...]
+    is_copy: bool = False
+    """Whether another stage holds the same weight first (tied output rows)."""
+
+    @property
+    def split(self) -> int | None:
+        """Dimension that tensor parallelism splits."""
+        return self.parts[0].split
+
+
+def holders(model: JamModel) -> list[Holder]:
+    """Every parameter of this chunk with what it holds; marks them for Megatron's optimizer."""
+    by_module: dict[str, list[Parameter]] = defaultdict(list)
+    for entry in parameter_table(model.model_config):
+        by_module[entry.module].append(entry)
+    found = []
+    for name, parameter in model.named_parameters():
+        is_copy = name == OUTPUT
+        key = TOKENS if is_copy else name
+        parts = tuple(by_module[key])
+        holder = Holder(key=key, parameter=parameter, parts=parts, is_copy=is_copy)
+        parallel = holder.split is not None
+        if not hasattr(parameter, "tensor_model_parallel"):
+            dim = holder.split if holder.split is not None else -1
+            set_tensor_model_parallel_attributes(parameter, parallel, dim, 1)
+        found.append(holder)
+    for weight in model.tied_weights():
+        weight.shared_embedding = True
+        weight.shared = model.post_process
+    return found
+
+
+def span(part: Parameter, tensor: Axis) -> tuple[int, int, int]:
+    """Start and stop of this rank's real rows or columns, and how many it holds with padding."""
+    assert part.split is not None
+    size = part.shape[part.split]
+    local = (padded_vocabulary(size, tensor.size) if part.name == TOKENS else size) // tensor.size
+    start = min(size, tensor.rank * local)
+    return start, min(size, start + local), local
+
+
+def read_holder(holder: Holder, tensor: Axis, read: ReadSlice) -> Tensor:
+    """Read this rank's slices of the logical weights and pack them; padding is zero."""
+    tensors = []
+    for part in holder.parts:
+        if part.split is None:
+            tensors.append(read(part.name, None, 0, 0))
+            continue
+        start, stop, local = span(part, tensor)
+        value = read(part.name, part.split, start, stop)
+        missing = local - (stop - start)
+        if missing:
+            value = torch.cat([value, value.new_zeros(missing, *part.shape[1:])])
+        tensors.append(value)
+    return pack(tensors, holder.parts)
+
+
+def pack(tensors: Sequence[Tensor], parts: Sequence[Parameter]) -> Tensor:
+    """Fuse [rows, ...] of n projections head by head, as Megatron lays out qkv and kv."""
+    if len(parts) == 1:
+        return tensors[0]
+    ordered = [t for _, t in sorted(zip(parts, tensors, strict=True), key=lambda x: x[0].part)]
+    heads = [t.unflatten(0, (-1, parts[0].head_size)) for t in ordered]
+    return torch.stack(heads, dim=1).flatten(0, 2)
+
+
+def unpack(fused: Tensor, parts: Sequence[Parameter]) -> dict[str, Tensor]:
+    """Undo `pack`: the local slice of each logical weight by canonical name."""
+    if len(parts) == 1:
+        return {parts[0].name: fused}
+    n, head_size = parts[0].part[1], parts[0].head_size
+    separate = fused.unflatten(0, (-1, n, head_size)).unbind(1)
+    return {part.name: separate[part.part[0]].flatten(0, 1) for part in parts}
+
+
+def logical_gradients(model: JamModel, gradient: Callable[[nn.Parameter], Tensor]) -> dict:
+    """This rank's slice of each logical weight's gradient; tied copies are left out."""
+    result = {}
+    for holder in holders(model):
+        if not holder.is_copy:
+            result.update(unpack(gradient(holder.parameter), holder.parts))
+    return result

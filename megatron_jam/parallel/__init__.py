@@ -1,0 +1,1 @@
+"""Devices, process groups, seeds: the only place that touches Megatron's globals."""

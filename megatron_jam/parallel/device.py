@@ -1,0 +1,37 @@
+"""Which device a process computes on."""
+
+import os
+
+import torch
+
+
+def select_device() -> torch.device:
+    """Return this process's CUDA device where there is one, else the CPU.
+
+    Choosing the CPU prepares Megatron-Core for it (`parallel/cpu.py`) and gives each process one
+    thread unless OMP_NUM_THREADS says otherwise.
+    """
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    from megatron_jam.parallel.cpu import prepare_megatron
+
+    prepare_megatron()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+def communication_backend(device: torch.device) -> str:
+    """Name of the torch.distributed backend for `device`."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory that this process has held: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

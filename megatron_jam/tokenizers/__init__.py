@@ -1,0 +1,1 @@
+"""Vocabulary, text and image tokenizers, document layouts."""

@@ -1,0 +1,133 @@
+"""One optimizer step: micro-batches through Megatron's pipeline schedule, and what it reports."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_jam.parallel.world import World
+from megatron_jam.tokenizers.vocabulary import JointVocabulary
+
+MODALITIES = ("text", "image", "special")
+"""Names of JointVocabulary.modality's values, in their order."""
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Sums over the counted tokens of a global batch, by modality of the predicted token."""
+
+    sums: Tensor
+    """Negative log-likelihood in nats, float64 [3]."""
+
+    counts: Tensor
+    """Counted tokens, float64 [3]."""
+
+    @property
+    def mean(self) -> float:
+        """Nats a token over everything counted."""
+        return float(self.sums.sum() / self.counts.sum().clamp(min=1))
+
+    def by_modality(self) -> dict[str, float]:
+        """Nats a token of each modality that occurs."""
+        pairs = zip(MODALITIES, self.sums.tolist(), self.counts.tolist(), strict=True)
+        return {name: total / count for name, total, count in pairs if count}
+
+
+class ForwardBackward:
+    """Runs global batches through the model's chunks on this rank."""
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        world: World,
+        vocabulary: JointVocabulary,
+    ) -> None:
+        self._chunks = list(chunks)
+        self._world = world
+        self._modality = torch.tensor(vocabulary.modality, dtype=torch.int64).to(world.device)
+        self._schedule = get_forward_backward_func()
+
+    def __call__(self, micro_batches: Sequence[Batch], *, forward_only: bool = False) -> Losses:
+        """Compute losses and, unless `forward_only`, gradients (divided by the token count).
+
+        Args:
+            micro_batches: this replica's share; tokens, labels, positions int64 [B, S] and
+                loss_mask float32 [B, S].
+            forward_only: leave the gradients alone.
+
+        Returns:
+            The losses of the global batch, the same on every rank.
+        """
+        chunks = self._chunks
+        if not forward_only:
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+        size, length = micro_batches[0]["tokens"].shape
+        iterators = [iter(micro_batches) for _ in chunks]
+        reported = self._schedule(
+            forward_step_func=self._forward,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=length,
+            micro_batch_size=size,
+            forward_only=forward_only,
+        )
+        return self._collect(reported)
+
+    def _forward(
+        self, batches: Iterator[Batch], chunk: DistributedDataParallel
+    ) -> tuple[Tensor, object]:
+        batch = {name: value.to(self._world.device) for name, value in next(batches).items()}
+        output = chunk(batch["tokens"], batch["positions"], batch["labels"])
+        return output, partial(self._loss, batch)
+
+    def _loss(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sum of the counted losses, their number, and both by modality."""
+        mask = batch["loss_mask"]
+        counted = losses * mask
+        kinds = self._modality[batch["labels"]].reshape(-1)
+        report = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=losses.device)
+        report[0].index_add_(0, kinds, counted.detach().double().reshape(-1))
+        report[1].index_add_(0, kinds, mask.double().reshape(-1))
+        return counted.sum(), mask.sum().to(torch.int), {"report": report}
+
+    def _collect(self, reported: list[dict[str, Tensor]]) -> Losses:
+        world = self._world
+        total = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=world.device)
+        for entry in reported:
+            total += entry["report"]
+        if world.pipeline.is_last:
+            dist.all_reduce(total, group=world.data.group)
+        world.broadcast_from_last_stage(total)
+        return Losses(sums=total[0].cpu(), counts=total[1].cpu())
+
+
+def train_step(
+    step: ForwardBackward,
+    optimizer: MegatronOptimizer,
+    micro_batches: Sequence[Batch],
+    learning_rate: float,
+) -> tuple[Losses, float]:
+    """Gradients of a global batch, then one optimizer step.
+
+    Returns:
+        The losses before the update, and the gradient's norm before clipping.
+    """
+    # A gradient left over from the last step would be counted a second time by Megatron's hooks.
+    optimizer.zero_grad()
+    losses = step(micro_batches)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    updated, norm, _ = optimizer.step()
+    if not updated:
+        raise FloatingPointError("the gradient is not finite")
+    return losses, float(norm)

@@ -1,0 +1,1 @@
+"""The weights folder: reading, writing, loading, and the plain-torch reference."""

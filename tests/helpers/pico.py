@@ -1,0 +1,58 @@
+"""Models small enough for tests, with weights that are large enough to matter."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_jam.config.model import BridgeConfig, ModelConfig, TowerConfig
+from megatron_jam.models.parameters import parameter_table
+from megatron_jam.tokenizers.text import TextTokenizer
+from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.weights.folder import TOKENIZER, VOCABULARY, FolderWriter
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "a strawberry is a sweet red fruit"]
+
+
+def pico_vocabulary() -> JointVocabulary:
+    """A vocabulary of 300 text ids, 16 image codes and 4 sentinels."""
+    return JointVocabulary.build(text_size=300, num_image_codes=16, num_sentinels=4)
+
+
+def pico_config(kind: str = "cross", *, num_layers: int = 4, **tower: object) -> ModelConfig:
+    """A tower ("tower") or a JAM-Cross ("cross") of width 32."""
+    settings = {"num_layers": num_layers, "hidden_size": 32, "num_heads": 4, **tower}
+    names = ("image", "text") if kind == "cross" else ("main",)
+    return ModelConfig(
+        towers={name: TowerConfig(**settings) for name in names},  # type: ignore[arg-type]
+        vocab_size=pico_vocabulary().size,
+        max_positions=64,
+        bridges=BridgeConfig(every=2),
+    )
+
+
+def pico_tensors(config: ModelConfig, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random float64 tensors in which no branch is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for entry in parameter_table(config):
+        value = torch.randn(entry.shape, generator=generator, dtype=torch.float64) * 0.2
+        tensors[entry.name] = value + 1 if entry.start == "one" else value
+    return tensors
+
+
+def pico_folder(
+    path: Path, config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Path:
+    """A weights folder of `config` with `pico_tensors`."""
+    source = path.parent / "pico_tokenizer"
+    if not source.exists():
+        source.mkdir(parents=True)
+        TextTokenizer.train(TEXTS, vocab_size=300).save(source / TOKENIZER)
+        pico_vocabulary().save(source / VOCABULARY)
+    tensors = pico_tensors(config, seed=seed)
+    shapes = {entry.name: entry.shape for entry in parameter_table(config)}
+    with FolderWriter(path, config=config, source=source, shapes=shapes, dtype=dtype) as writer:
+        for name in shapes:
+            writer.write(name, tensors[name])
+        writer.finish({"source": "pico"})
+    return path

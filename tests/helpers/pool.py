@@ -1,0 +1,90 @@
+"""A pool of worker processes, started once, in which tests run functions on real gloo ranks.
+
+Between layouts the default group is destroyed and initialised again on a new prefix of one store:
+Megatron's groups are not freed by its own destroy function alone.
+"""
+
+import itertools
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_jam.config.log import logger
+from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.parallel.device import select_device
+from megatron_jam.parallel.world import World, build_world, stop_world
+
+NUM_WORKERS = 4
+TIMEOUT_SECONDS = 240
+
+
+class WorkerPool:
+    """Runs `function(world, *args)` on the first n workers and returns the n results by rank."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._runs = itertools.count()
+        self._store = os.path.join(tempfile.mkdtemp(prefix="megatron_jam_pool_"), "store")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(NUM_WORKERS):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, self._store, rank), daemon=True)
+            process.start()
+            self._pipes.append(mine)
+            self._processes.append(process)
+
+    def run(
+        self, function: Callable[..., Any], parallel: ParallelConfig, *args: Any, data: int = 1
+    ) -> list[Any]:
+        """Call `function(world, *args)` on tensor x pipeline x `data` ranks."""
+        ranks = parallel.tensor * parallel.pipeline * data
+        prefix = f"run{next(self._runs)}"
+        for pipe in self._pipes[:ranks]:
+            pipe.send((function, parallel, args, ranks, prefix))
+        results, errors = [], []
+        for rank, pipe in enumerate(self._pipes[:ranks]):
+            if not pipe.poll(TIMEOUT_SECONDS):
+                raise TimeoutError(f"rank {rank} of {ranks} has not answered")
+            ok, value = pipe.recv()
+            (results if ok else errors).append(value)
+        if errors:
+            raise RuntimeError("a worker failed:\n" + "\n".join(errors))
+        return results
+
+    def close(self) -> None:
+        """End the workers."""
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(10)
+
+
+def _work(pipe: Connection, store_path: str, rank: int) -> None:
+    logger.setLevel("ERROR")
+    torch.set_num_threads(1)
+    device = select_device()
+    while (job := pipe.recv()) is not None:
+        function, parallel, args, ranks, prefix = job
+        try:
+            _join(store_path, prefix, rank, ranks)
+            world: World = build_world(parallel, device)
+            pipe.send((True, function(world, *args)))
+        except Exception:
+            pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
+        finally:
+            stop_world()
+
+
+def _join(store_path: str, prefix: str, rank: int, ranks: int) -> None:
+    store = dist.PrefixStore(prefix, dist.FileStore(store_path, -1))
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
