@@ -1,6 +1,6 @@
 # `make quickstart` runs the main job, `make test` all fast tests; both set everything up first.
 PYTHON ?= python3
-# For a CPU-only torch: make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# What pip installs as torch: any build of it, for example one for the CUDA of this machine.
 TORCH ?= torch==2.13.0
 
 BIN := .venv/bin

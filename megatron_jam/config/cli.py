@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import (
     ArgumentError,
@@ -50,7 +50,9 @@ class one_line_errors:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: object
+    ) -> Literal[False]:
         if isinstance(error, KeyboardInterrupt):
             _leave("interrupted", 130)
         if isinstance(error, UsageError):

@@ -8,6 +8,8 @@ import warnings
 # Megatron-Core warns of every optional package that is not there, on every rank; which fused parts
 # are in use is said once by the run itself.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+# Megatron-Core calls collectives by names that torch means to rename.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 logger = logging.getLogger("megatron_jam")
 

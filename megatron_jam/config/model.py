@@ -1,4 +1,4 @@
-"""The typed description of a model: towers, bridges, head. Saved as a weights folder's config.json."""
+"""The typed description of a model: towers, bridges, head; a weights folder's config.json."""
 
 import dataclasses
 import json

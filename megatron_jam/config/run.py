@@ -134,7 +134,7 @@ class RunConfig:
 
 
 def load_run_config(arguments: Sequence[str] | None = None) -> RunConfig:
-    """Parse `--config FILE.yaml` and dotted overrides, for example `--optimizer.learning_rate 1e-4`.
+    """Parse `--config FILE.yaml` and dotted overrides such as `--optimizer.learning_rate 1e-4`.
 
     Raises:
         UsageError: an unknown key, a wrong value, a missing file; the message names it.

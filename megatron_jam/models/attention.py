@@ -13,8 +13,8 @@ from torch.nn import functional as F
 class CausalAttention(nn.Module):
     """Megatron's core-attention slot: softmax(q k^T / sqrt(H)) v, each position seeing its past.
 
-    Serves self-attention and bridges alike: in a bridge key and value come from the other tower, and
-    position t sees the other tower's positions <= t (JAM's own code; eq. 5 omits V, a slip).
+    Serves self-attention and bridges alike: in a bridge key and value come from the other tower,
+    and position t sees its positions <= t (the authors' code; eq. 5 omits V, a slip).
     """
 
     def __init__(self, config: Any, layer_number: int, **_: Any) -> None:
@@ -46,16 +46,41 @@ class KeyValueCache:
 
     Each row has its own length, so prompts of unlike lengths share a batch without left padding:
     new entries are written behind each row's length, and whatever lies beyond it is never seen.
+    Before each forward call :meth:`open`, after it :meth:`advance` by how many of the tokens count;
+    what the others wrote is overwritten later.
     """
 
-    def __init__(self, model: nn.Module, *, rows: int, length: int) -> None:
-        """Hold `length` positions for each of `rows` sequences."""
+    def __init__(
+        self, model: nn.Module, *, rows: int, capacity: int, device: torch.device | str = "cpu"
+    ) -> None:
+        """Hold `capacity` positions for each of `rows` sequences."""
         self.lengths = torch.zeros(rows, dtype=torch.int64)
-        self.capacity = length
-        self.rows = slice(0, rows)
+        self.capacity = capacity
+        self.device = torch.device(device)
+        self.rows = slice(0, 0)
         self._layers = [m for m in model.modules() if isinstance(m, CausalAttention)]
         for attention in self._layers:
             attention.cache = LayerCache(self)
+
+    def open(self, num_rows: int, num_tokens: int, *, first_row: int = 0) -> Tensor:
+        """Make room for a forward of `num_tokens` in each of `num_rows` rows from `first_row` on.
+
+        Returns:
+            The tokens' positions int64 [B, S], counted from 0, on the model's device.
+        """
+        self.rows = slice(first_row, first_row + num_rows)
+        starts = self.lengths[self.rows]
+        self.used = int(starts.max()) + num_tokens
+        assert self.used <= self.capacity, "the cache is full"
+        self.places = (starts[:, None] + torch.arange(num_tokens)).to(self.device)
+        self.row_ids = torch.arange(self.rows.start, self.rows.stop, device=self.device)[:, None]
+        behind = torch.arange(self.used, device=self.device)
+        self.visible = (behind <= self.places[:, :, None])[:, None]  # [B, 1, S, used]
+        return self.places
+
+    def advance(self, num_tokens: Tensor) -> None:
+        """Keep the first `num_tokens`, int64 [B], of what the last forward wrote in each row."""
+        self.lengths[self.rows] += num_tokens
 
     def detach(self) -> None:
         """Give the model back its attention without a cache."""
@@ -81,13 +106,8 @@ class LayerCache:
         if not self._keys.numel():
             shape = (cache.lengths.numel(), key.shape[1], cache.capacity, key.shape[3])
             self._keys, self._values = key.new_zeros(shape), value.new_zeros(shape)
-        starts = cache.lengths[cache.rows]
-        places = starts[:, None] + torch.arange(key.shape[2])  # [B, S]
-        used = int(places.max()) + 1
-        rows = torch.arange(cache.lengths.numel())[cache.rows]
         # An index between slices moves to the front: the assigned shape is [B, S, N, H].
-        self._keys[rows[:, None], :, places] = key.transpose(1, 2)
-        self._values[rows[:, None], :, places] = value.transpose(1, 2)
-        visible = torch.arange(used)[None, None, :] <= places[:, :, None]
-        keys, values = (x[cache.rows, :, :used] for x in (self._keys, self._values))
-        return keys, values, visible[:, None].to(key.device)
+        self._keys[cache.row_ids, :, cache.places] = key.transpose(1, 2)
+        self._values[cache.row_ids, :, cache.places] = value.transpose(1, 2)
+        keys, values = (x[cache.rows, :, : cache.used] for x in (self._keys, self._values))
+        return keys, values, cache.visible

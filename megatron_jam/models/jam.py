@@ -97,16 +97,24 @@ class JamModel(MegatronModule):
             position, float32 [B, S] in nats (float64 for float64 models), or with no labels this
             rank's share of the logits, [S, B, padded V / TP].
         """
+        states = self.run_layers(tokens, positions)
+        if not self.post_process:
+            return torch.cat(states, dim=-1) if len(states) > 1 else states[0]
+        logits = self.head(states, self.embedding.tokens.weight if self.pre_process else None)
+        return logits if labels is None else self._loss(logits, labels)
+
+    def run_layers(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Each tower's states [S, B, d] behind this chunk's last layer.
+
+        Without the head this is how a prompt fills a KeyValueCache.
+        """
         states = self._enter(tokens, positions)
         for layer in self.layers.values():
             if self.recompute and self.training:
                 states = tensor_parallel.checkpoint(layer, False, *states)
             else:
                 states = layer(*states)
-        if not self.post_process:
-            return torch.cat(states, dim=-1) if len(states) > 1 else states[0]
-        logits = self.head(states, self.embedding.tokens.weight if self.pre_process else None)
-        return logits if labels is None else self._loss(logits, labels)
+        return states
 
     def _enter(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         towers = self.model_config.towers

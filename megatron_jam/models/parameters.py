@@ -176,5 +176,3 @@ def _head(config: ModelConfig) -> Iterator[Parameter]:
         start: Start = "half" if config.projection_start == "half" else "projection"
         yield Parameter(name=PROJECTION, shape=(d, 2 * d), start=start, module=PROJECTION)
     yield from _norm(config.towers[config.tower_names[0]], "head.norm", "head.norm", {})
-
-

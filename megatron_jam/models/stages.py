@@ -6,8 +6,8 @@ from megatron_jam.config.errors import UsageError
 def stage_layers(num_layers: int, *, stages: int, interleave: int, stage: int, chunk: int) -> range:
     """Layers of chunk number `chunk` on pipeline stage `stage`, counted from 0.
 
-    The stages' chunks follow one another as 0, 1, ... stages-1, then the second chunk of each. Where
-    the layers do not divide evenly the earlier chunks get one more: the last one has the head.
+    The chunks follow one another as those of stage 0, 1, ... stages-1, then the second chunk of
+    each. Where the layers do not divide the earlier chunks get one more: the last has the head.
     """
     chunks = stages * interleave
     if num_layers < chunks:

@@ -28,7 +28,9 @@ class Adam(torch.optim.Optimizer):
     ) -> None:
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay is supported")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:

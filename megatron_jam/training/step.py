@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_jam.parallel.world import World
@@ -46,10 +46,11 @@ class ForwardBackward:
 
     def __init__(
         self,
-        chunks: Sequence[DistributedDataParallel],
+        chunks: Sequence[MegatronModule],
         world: World,
         vocabulary: JointVocabulary,
     ) -> None:
+        """Run `chunks`: wrapped for training, or plain for `forward_only`."""
         self._chunks = list(chunks)
         self._world = world
         self._modality = torch.tensor(vocabulary.modality, dtype=torch.int64).to(world.device)
@@ -83,9 +84,7 @@ class ForwardBackward:
         )
         return self._collect(reported)
 
-    def _forward(
-        self, batches: Iterator[Batch], chunk: DistributedDataParallel
-    ) -> tuple[Tensor, object]:
+    def _forward(self, batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, object]:
         batch = {name: value.to(self._world.device) for name, value in next(batches).items()}
         output = chunk(batch["tokens"], batch["positions"], batch["labels"])
         return output, partial(self._loss, batch)

@@ -147,7 +147,7 @@ class FolderWriter:
                 os.fsync(file.fileno())
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor; it must be the next of the planned order, of the planned shape."""
+        """Append the next tensor of the planned order, of its planned shape."""
         expected, file = next(self._queue)
         assert name == expected, f"{name} written where {expected} was planned"
         assert tuple(tensor.shape) == self._shapes[name], f"{name}: shape {tuple(tensor.shape)}"
@@ -160,7 +160,9 @@ class FolderWriter:
         """Write the small files and rename the folder to its name."""
         assert next(self._queue, None) is None, "tensors are missing"
         place = {
-            name: self._file_name(index) for index, names in enumerate(self._files) for name in names
+            name: self._file_name(index)
+            for index, names in enumerate(self._files)
+            for name in names
         }
         self._config.save(self._part / CONFIG)
         for name in (VOCABULARY, TOKENIZER):

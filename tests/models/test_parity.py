@@ -55,9 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def single(pool: WorkerPool, folders: dict[str, Path]) -> dict:
     """Loss and gradients of one rank in float64."""
     return {
-        name: pool.run(
-            loss_and_gradients, ParallelConfig(), path, batch_of(path), torch.float64
-        )[0]
+        name: pool.run(loss_and_gradients, ParallelConfig(), path, batch_of(path), torch.float64)[0]
         for name, path in folders.items()
     }
 
@@ -108,9 +106,9 @@ def test_single_precision_agrees(
     parallel, data, _ = LAYOUTS[layout]
     path = folders["affine"]
     base = pool.run(loss_and_gradients, ParallelConfig(), path, batch_of(path), torch.float32)[0]
-    other = pool.run(
-        loss_and_gradients, parallel, path, batch_of(path), torch.float32, data=data
-    )[0]
+    other = pool.run(loss_and_gradients, parallel, path, batch_of(path), torch.float32, data=data)[
+        0
+    ]
     assert other[0] == pytest.approx(base[0], rel=1e-6)
     assert distance(base[1], other[1]) < 1e-5
 

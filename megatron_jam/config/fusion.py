@@ -1,0 +1,74 @@
+"""The recipe of a fusion."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_jam.config.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionRecipe:
+    """Which parents become which model (paper section 2.1)."""
+
+    method: Literal["uniform", "width", "cross"]
+    """uniform: weights averaged. width: widths concatenated. cross: two towers with bridges."""
+
+    text: Path
+    """Weights folder of the LLM."""
+
+    image: Path
+    """Weights folder of the text-to-image model."""
+
+    output: Path
+    """Weights folder to write."""
+
+    text_share: float = 0.5
+    """uniform: weight of the LLM in the average (paper eq. 1: 1/2)."""
+
+    fill: Literal["copy", "average"] = "copy"
+    """width: second column of blocks, a copy (paper eq. 2) or the parents' average (eq. 3)."""
+
+    every: int = 2
+    """cross: a bridge follows layer l where l % every == 0; 0 means none (paper table 4)."""
+
+    bridges: Literal["random", "zero"] = "random"
+    """cross: how bridges begin; `zero` adds nothing at step 0."""
+
+    projection: Literal["random", "half"] = "random"
+    """cross: how the [image ; text] projection begins; `half` is the mean of both towers."""
+
+    seed: int = 0
+    """cross: of the bridges and the projection."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("method", ("uniform", "width", "cross")),
+            ("fill", ("copy", "average")),
+            ("bridges", ("random", "zero")),
+            ("projection", ("random", "half")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}")
+        if not 0 <= self.text_share <= 1:
+            raise UsageError(f"text_share is {self.text_share}; it must lie in 0..1")
+
+    @classmethod
+    def load(cls, path: Path) -> "FusionRecipe":
+        """Read a recipe from YAML; an unknown or missing key is a UsageError."""
+        values: Any = yaml.safe_load(path.read_text())
+        known = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(values, dict):
+            raise UsageError(f"{path} holds no recipe; its keys are {known}")
+        for name in values:
+            if name not in known:
+                raise UsageError(f"{path}: unknown key `{name}`; known: {known}")
+        for name in ("method", "text", "image", "output"):
+            if name not in values:
+                raise UsageError(f"{path}: `{name}` is missing")
+        for name in ("text", "image", "output"):
+            values[name] = Path(values[name])
+        return cls(**values)

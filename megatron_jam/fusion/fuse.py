@@ -1,0 +1,77 @@
+"""From a recipe and two parents to a child, tensor by tensor."""
+
+import dataclasses
+
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.fusion import FusionRecipe
+from megatron_jam.config.log import logger
+from megatron_jam.config.model import ModelConfig
+from megatron_jam.fusion.cross import cross_config, cross_tensor
+from megatron_jam.fusion.uniform import uniform_config, uniform_tensor
+from megatron_jam.fusion.width import width_config, width_tensor
+from megatron_jam.models.parameters import TOKENS, num_parameters, parameter_table
+from megatron_jam.weights.folder import FolderWriter, WeightsFolder
+from megatron_jam.weights.load import check_tensors
+
+METHODS = {
+    "uniform": (uniform_config, uniform_tensor),
+    "width": (width_config, width_tensor),
+    "cross": (cross_config, cross_tensor),
+}
+
+
+def fuse(recipe: FusionRecipe) -> ModelConfig:
+    """Write the child of `recipe` as a weights folder in the LLM's dtype; return its description.
+
+    Raises:
+        UsageError: if the parents do not fit each other or the method; nothing is written.
+    """
+    text, image = WeightsFolder(recipe.text), WeightsFolder(recipe.image)
+    check_parents(text, image, recipe)
+    configure, compute = METHODS[recipe.method]
+    config = configure(text, image, recipe)
+    shapes = {entry.name: entry.shape for entry in parameter_table(config)}
+    dtype = text.read(TOKENS, 0, 0, 1).dtype
+    with FolderWriter(
+        recipe.output, config=config, source=text.path, shapes=shapes, dtype=dtype
+    ) as writer:
+        for name in shapes:
+            writer.write(name, compute(name, text, image, recipe))
+        settings = {k: v for k, v in dataclasses.asdict(recipe).items() if k != "output"}
+        writer.finish(
+            {
+                "made_by": "tools/fuse.py",
+                "recipe": {name: str(value) for name, value in settings.items()},
+                "parents": {
+                    "text": {"folder": str(text.path), **text.provenance},
+                    "image": {"folder": str(image.path), **image.provenance},
+                },
+            }
+        )
+    logger.info(
+        "wrote %s: JAM-%s, %s parameters",
+        recipe.output,
+        recipe.method.capitalize(),
+        f"{num_parameters(config):,}",
+    )
+    return config
+
+
+def check_parents(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe) -> None:
+    """Raise UsageError, naming what differs, unless the two can be fused by the recipe's method."""
+    for folder in (text, image):
+        if folder.config.is_pair:
+            raise UsageError(f"{folder.path} has two towers already; a parent has one")
+        check_tensors(folder)
+    text.require_vocabulary(image.vocabulary, str(image.path))
+    differing = [
+        field.name
+        for field in dataclasses.fields(ModelConfig)
+        if field.name in ("towers", "max_positions", "position_offset")
+        and getattr(text.config, field.name) != getattr(image.config, field.name)
+    ]
+    if differing:
+        raise UsageError(
+            f"method {recipe.method} needs parents of one shape; {text.path} and {image.path}"
+            f" differ in {', '.join(differing)}"
+        )

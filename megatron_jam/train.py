@@ -1,0 +1,38 @@
+"""Train a weights folder: `torchrun --nproc_per_node N -m megatron_jam.train --config RUN.yaml`.
+
+Without torchrun it runs on one rank. A run that was interrupted goes on from its last checkpoint.
+"""
+
+from megatron_jam.config.cli import one_line_errors
+from megatron_jam.config.log import configure_logging
+from megatron_jam.config.run import load_run_config
+from megatron_jam.evaluation.perplexity import measure_sets
+from megatron_jam.parallel.world import start_world, stop_world
+from megatron_jam.training.loop import Training
+
+
+def main() -> None:
+    """Parse, build, run."""
+    configure_logging()
+    with one_line_errors():
+        config = load_run_config()
+        world = start_world(config.parallel)
+        training: Training
+
+        def validate(step):  # type: ignore[no-untyped-def]
+            return measure_sets(
+                step,
+                config.validation,
+                training.folder.vocabulary,
+                world,
+                context_length=config.context_length,
+                micro_batch_size=config.micro_batch_size,
+            )
+
+        training = Training(config, world, validate)
+        training.run()
+        stop_world()
+
+
+if __name__ == "__main__":
+    main()

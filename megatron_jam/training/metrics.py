@@ -1,0 +1,92 @@
+"""What a run reports: log lines for people, JSON lines for programs."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_jam.config.log import logger
+from megatron_jam.training.step import Losses
+
+METRICS = "metrics.jsonl"
+
+
+class Reporter:
+    """Logs training steps and validations; rank 0 also appends them to OUTPUT/metrics.jsonl."""
+
+    def __init__(self, output: Path, *, steps: int, tokens_per_step: int, writes: bool) -> None:
+        self._path = output / METRICS if writes else None
+        self._steps, self._tokens = steps, tokens_per_step
+        self._window_start, self._window_steps = time.perf_counter(), 0
+
+    def start(self, step: int) -> None:
+        """Drop what an interrupted run wrote after `step`, and start the clock."""
+        if self._path is not None and self._path.exists():
+            lines = self._path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self._path.write_text("".join(kept))
+        self._window_start, self._window_steps = time.perf_counter(), 0
+
+    def step_done(self) -> None:
+        """Count a step into the running window."""
+        self._window_steps += 1
+
+    def train(self, step: int, losses: Losses, *, learning_rate: float, grad_norm: float) -> None:
+        """Report the step that has just been made, with the window's mean speed."""
+        elapsed = time.perf_counter() - self._window_start
+        seconds = elapsed / max(1, self._window_steps)
+        by_modality = losses.by_modality()
+        logger.info(
+            "step %d/%d | loss %.4f (%s) | lr %.2e | grad %.2f | %.0f ms | %.0f tokens/s | left %s",
+            step,
+            self._steps,
+            losses.mean,
+            ", ".join(f"{name} {value:.3f}" for name, value in by_modality.items()),
+            learning_rate,
+            grad_norm,
+            seconds * 1e3,
+            self._tokens / seconds,
+            _duration(seconds * (self._steps - step)),
+        )
+        self._write(
+            step,
+            "train",
+            {
+                "loss": losses.mean,
+                "loss_by_modality": by_modality,
+                "learning_rate": learning_rate,
+                "grad_norm": grad_norm,
+                "seconds_per_step": seconds,
+            },
+        )
+        self._window_start, self._window_steps = time.perf_counter(), 0
+
+    def validation(self, step: int, name: str, losses: Losses) -> None:
+        """Report perplexities of one validation set."""
+        perplexity = {k: _perplexity(v) for k, v in losses.by_modality().items()}
+        logger.info(
+            "step %d | validation %s | loss %.4f | perplexity %s",
+            step,
+            name,
+            losses.mean,
+            ", ".join(f"{key} {value:.2f}" for key, value in perplexity.items()),
+        )
+        values = {"set": name, "loss": losses.mean, "loss_by_modality": losses.by_modality()}
+        self._write(step, "validation", values)
+        self._window_start, self._window_steps = time.perf_counter(), 0
+
+    def _write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+
+
+def _perplexity(nats: float) -> float:
+    return math.exp(min(nats, 700.0))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
