@@ -39,7 +39,7 @@ def main(
     num_blocks: int = 1,
     num_codes: int = 512,
     code_dim: int = 16,
-    steps: int = 1200,
+    steps: int = 1000,
     batch_size: int = 16,
     learning_rate: float = 5e-3,
     seed: int = 0,
