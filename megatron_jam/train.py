@@ -5,14 +5,16 @@ Without torchrun it runs on one rank. A run that was interrupted goes on from it
 
 from megatron_jam.config.cli import one_line_errors
 from megatron_jam.config.log import configure_logging
-from megatron_jam.config.run import load_run_config
-from megatron_jam.evaluation.perplexity import measure_sets
-from megatron_jam.parallel.world import start_world, stop_world
-from megatron_jam.training.loop import Training
 
 
 def main() -> None:
     """Parse, build, run."""
+    # Imported here: saving a checkpoint spawns a process, which imports this file again.
+    from megatron_jam.config.run import load_run_config
+    from megatron_jam.evaluation.perplexity import measure_sets
+    from megatron_jam.parallel.world import start_world, stop_world
+    from megatron_jam.training.loop import Training
+
     configure_logging()
     with one_line_errors():
         config = load_run_config()

@@ -54,8 +54,7 @@ def holders(model: JamModel) -> list[Holder]:
             set_tensor_model_parallel_attributes(parameter, parallel, dim, 1)
         found.append(holder)
     for weight in model.tied_weights():
-        weight.shared_embedding = True
-        weight.shared = model.post_process
+        weight.shared = model.post_process  # counted once in the gradient's norm
     return found
 
 

@@ -71,8 +71,12 @@ def _finalize(
     world: World,
     **_: object,
 ) -> None:
-    """Megatron's reductions, then ours for tied tables; all are linear, so the order is free."""
-    finalize_model_grads(wrapped, num_tokens, pg_collection=world.groups)
+    """Sum tied tables over the stages that hold them, then let Megatron do its reductions.
+
+    Before the replicas' reduction, so that Megatron need not keep each tied table in a bucket of
+    its own: it resumes wrongly from several buckets if one of them is padded.
+    """
     for chunk in wrapped:
         for weight in chunk.module.tied_weights():
             dist.all_reduce(weight.main_grad, group=world.groups.embd)
+    finalize_model_grads(wrapped, num_tokens, pg_collection=world.groups)

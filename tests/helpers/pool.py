@@ -4,6 +4,8 @@ Between layouts the default group is destroyed and initialised again on a new pr
 Megatron's groups are not freed by its own destroy function alone.
 """
 
+import atexit
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -37,10 +39,12 @@ class WorkerPool:
         self._processes = []
         for rank in range(NUM_WORKERS):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, self._store, rank), daemon=True)
+            process = context.Process(target=_work, args=(theirs, self._store, rank))
             process.start()
             self._pipes.append(mine)
             self._processes.append(process)
+        # Not daemons, as a checkpoint's save starts a process of its own; so end them for certain.
+        atexit.register(self.close)
 
     def run(
         self, function: Callable[..., Any], parallel: ParallelConfig, *args: Any, data: int = 1
@@ -61,11 +65,14 @@ class WorkerPool:
         return results
 
     def close(self) -> None:
-        """End the workers."""
-        for pipe in self._pipes:
-            pipe.send(None)
-        for process in self._processes:
-            process.join(10)
+        """End the workers; a second call does nothing."""
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            if process.is_alive():
+                with contextlib.suppress(OSError):
+                    pipe.send(None)
+                process.join(10)
+                process.kill()
+        self._pipes, self._processes = [], []
 
 
 def _work(pipe: Connection, store_path: str, rank: int) -> None:
