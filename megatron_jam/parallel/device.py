@@ -8,16 +8,12 @@ import torch
 def select_device() -> torch.device:
     """Return this process's CUDA device where there is one, else the CPU.
 
-    Choosing the CPU prepares Megatron-Core for it (`parallel/cpu.py`) and gives each process one
-    thread unless OMP_NUM_THREADS says otherwise.
+    On the CPU a process gets one thread unless OMP_NUM_THREADS says otherwise.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
-    from megatron_jam.parallel.cpu import prepare_megatron
-
-    prepare_megatron()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return torch.device("cpu")

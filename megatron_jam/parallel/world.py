@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.parallel.cpu import prepare_megatron
 from megatron_jam.parallel.device import communication_backend, select_device
 
 
@@ -86,6 +87,8 @@ def start_world(parallel: ParallelConfig, *, timeout_minutes: float = 30.0) -> W
 
 def build_world(parallel: ParallelConfig, device: torch.device) -> World:
     """Build the process groups over a default group that is already there."""
+    if device.type == "cpu":
+        prepare_megatron()
     parallel.data(dist.get_world_size())
     if parallel.sequence and parallel.tensor == 1:
         raise UsageError("parallel.sequence needs parallel.tensor of at least 2")

@@ -26,6 +26,7 @@ LAYOUTS = {
     "tp2-pp2-sp": (ParallelConfig(tensor=2, pipeline=2, sequence=True), 1, "none"),
     "tp2-pp2-sp-recompute": (ParallelConfig(tensor=2, pipeline=2, sequence=True), 1, "full"),
     "tp2-dp2": (ParallelConfig(tensor=2), 2, "none"),
+    "pp2-dp2": (ParallelConfig(pipeline=2), 2, "none"),
 }
 SAMPLES, LENGTH = 4, 16
 
@@ -114,7 +115,7 @@ def test_single_precision_agrees(
 
 
 @pytest.mark.parametrize("sharded", [True, False])
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "tp2-pp2-sp", "tp2-dp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "tp2-pp2-sp", "tp2-dp2", "pp2-dp2"])
 def test_optimizer_steps_agree(
     pool: WorkerPool, layout: str, sharded: bool, folders: dict[str, Path]
 ) -> None:

@@ -1,0 +1,279 @@
+"""The main job, end to end: two parents become one model that writes an illustrated page.
+
+Run as `make quickstart`. Each stage is one or more documented commands, which serve a cluster as
+well. A finished stage is skipped unless what it reads has changed; an unfinished one starts anew.
+"""
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path("examples/quickstart")
+CONFIGS, DATA = HERE / "configs", HERE / "data"
+OUT = Path("outputs/quickstart")
+PAGE = OUT / "index.html"
+
+PYTHON = [sys.executable]
+TRAIN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TRAIN += ["-m", "megatron_jam.train", "--config"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Commands that write some folders."""
+
+    name: str
+    title: str
+    commands: list[list[str]]
+    """Run in order, or two at a time if `parallel`."""
+
+    writes: list[Path]
+    parallel: bool = False
+
+
+def tool(name: str, *arguments: object) -> list[str]:
+    """The command line of a tool of this project."""
+    return [*PYTHON, f"tools/{name}.py", *map(str, arguments)]
+
+
+def stages() -> list[Stage]:
+    """The main job in order."""
+    text_tokenizer, image_tokenizer = OUT / "text_tokenizer", OUT / "image_tokenizer"
+    sets = OUT / "data"
+    return [
+        Stage(
+            name="image_tokenizer",
+            title="image tokenizer: 64 codes a picture",
+            commands=[
+                tool(
+                    "train_image_tokenizer",
+                    DATA / "pairs.tar",
+                    image_tokenizer,
+                    "--validation",
+                    DATA / "pairs_heldout.tar",
+                )
+            ],
+            writes=[image_tokenizer],
+        ),
+        Stage(
+            name="text_tokenizer",
+            title="text tokenizer and joint vocabulary",
+            commands=[
+                tool(
+                    "train_text_tokenizer",
+                    f"[{DATA / 'text.jsonl'},{DATA / 'pairs.tar'}]",
+                    text_tokenizer,
+                    "--vocab_size=1536",
+                    "--num_image_codes=512",
+                    "--num_sentinels=16",
+                )
+            ],
+            writes=[text_tokenizer],
+        ),
+        Stage(
+            name="data",
+            title="indexed sets of text, pairs and answers, trained and held out",
+            commands=[
+                command
+                for end in ("", "_heldout")
+                for command in (
+                    tool(
+                        "prepare_interleaved",
+                        DATA / f"interleaved{end}.jsonl",
+                        DATA / f"pairs{end}.tar",
+                        text_tokenizer,
+                        image_tokenizer,
+                        sets / f"answers{end}",
+                    ),
+                    tool(
+                        "prepare_images",
+                        DATA / f"pairs{end}.tar",
+                        text_tokenizer,
+                        image_tokenizer,
+                        sets / f"pairs{end}",
+                    ),
+                    tool(
+                        "prepare_text",
+                        DATA / f"text{end}.jsonl",
+                        text_tokenizer,
+                        sets / f"text{end}",
+                    ),
+                )
+            ],
+            writes=[sets],
+            parallel=True,
+        ),
+        Stage(
+            name="fresh",
+            title="fresh weights of both parents",
+            commands=[
+                tool(
+                    "init",
+                    CONFIGS / "tower.yaml",
+                    text_tokenizer,
+                    OUT / "fresh" / name,
+                    f"--seed={seed}",
+                )
+                for seed, name in enumerate(("llm", "image"))
+            ],
+            writes=[OUT / "fresh"],
+            parallel=True,
+        ),
+        training("llm", "parent: an LLM on text"),
+        training("image", "parent: a text-to-image model on pairs"),
+        Stage(
+            name="fusion",
+            title="JAM-Uniform, JAM-Width and JAM-Cross from the parents",
+            commands=[
+                tool("fuse", CONFIGS / f"{method}.yaml") for method in ("uniform", "width", "cross")
+            ],
+            writes=[OUT / "fused"],
+            parallel=True,
+        ),
+        training("alignment", "continued pretraining of JAM-Cross on text and pairs"),
+        training("instruct", "instruction tuning on illustrated answers"),
+        Stage(
+            name="perplexity",
+            title="perplexities of parents, fusions and JAM-Cross",
+            commands=[
+                tool(
+                    "evaluate",
+                    f"[{','.join(str(folder) for folder in measured_folders())}]",
+                    measured_sets(),
+                    "--context_length=160",
+                    f"--output={OUT / 'perplexity.json'}",
+                )
+            ],
+            writes=[OUT / "perplexity.json"],
+        ),
+        Stage(
+            name="generation",
+            title="illustrated answers for trained and held-out concepts",
+            commands=[
+                [*PYTHON, str(HERE / "questions.py"), str(DATA), str(OUT / "questions.txt")],
+                tool(
+                    "generate",
+                    OUT / "instruct" / "weights",
+                    image_tokenizer,
+                    OUT / "generation",
+                    "--questions_file",
+                    OUT / "questions.txt",
+                ),
+            ],
+            writes=[OUT / "generation"],
+        ),
+        Stage(
+            name="page",
+            title="the page",
+            commands=[[*PYTHON, str(HERE / "page.py"), str(DATA), str(OUT)]],
+            writes=[PAGE],
+        ),
+    ]
+
+
+def training(name: str, title: str) -> Stage:
+    """A phase of training on two ranks, as its configuration says."""
+    return Stage(
+        name=name,
+        title=title,
+        commands=[[*TRAIN, str(CONFIGS / f"{name}.yaml")]],
+        writes=[OUT / name],
+    )
+
+
+def measured_folders() -> list[Path]:
+    """Models whose perplexity the page shows."""
+    fused = [OUT / "fused" / name for name in ("uniform", "width", "cross")]
+    return [OUT / "llm/weights", OUT / "image/weights", *fused, OUT / "alignment/weights"]
+
+
+def measured_sets() -> str:
+    """Sets on which it is measured, as a command-line value."""
+    names = ("text", "text_heldout", "pairs", "pairs_heldout")
+    return "[" + ",".join(f"{{name: {n}, path: {OUT / 'data' / n}}}" for n in names) + "]"
+
+
+def main() -> int:
+    """Run what is not done yet; the exit status of the first command that fails."""
+    os.chdir(ROOT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    begun, todo = time.monotonic(), stages()
+    fingerprint = ""
+    for number, stage in enumerate(todo, 1):
+        fingerprint = read_by(stage, fingerprint)
+        mark = OUT / ".done" / stage.name
+        heading = f"[{number}/{len(todo)}] {stage.title}"
+        if mark.is_file() and mark.read_text() == fingerprint and all_exist(stage.writes):
+            print(f"{heading}: done before", flush=True)
+            continue
+        print(f"\n{heading}", flush=True)
+        for path in stage.writes:
+            remove(path)
+        start = time.monotonic()
+        status = run_stage(stage, environment)
+        if status:
+            print(f"{heading}: failed with exit status {status}", file=sys.stderr)
+            return status
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(fingerprint)
+        print(f"{heading}: {time.monotonic() - start:.0f} s", flush=True)
+    print(f"\nFinished in {(time.monotonic() - begun) / 60:.1f} minutes. Open {PAGE.resolve()}")
+    return 0
+
+
+def run_stage(stage: Stage, environment: dict[str, str]) -> int:
+    """Run a stage's commands; 0, or the exit status of one that failed."""
+
+    def run(command: list[str]) -> int:
+        shown = ["python" if word == sys.executable else word for word in command]
+        print("  $ " + shlex.join(shown), flush=True)
+        return subprocess.run(command, env=environment, check=False).returncode
+
+    if stage.parallel:
+        with ThreadPoolExecutor(2) as pool:
+            return max(pool.map(run, stage.commands), key=abs)
+    for command in stage.commands:
+        if status := run(command):
+            return status
+    return 0
+
+
+def read_by(stage: Stage, before: str) -> str:
+    """Fingerprint of what a stage depends on: its commands, their small input files, the stages
+    before it."""
+    digest = hashlib.sha256(before.encode())
+    for command in stage.commands:
+        for word in command[1:]:
+            digest.update(word.encode() + b"\0")
+            path = Path(word)
+            if path.is_file() and HERE in path.parents:
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def all_exist(paths: list[Path]) -> bool:
+    """Whether all of a stage's results are there."""
+    return all(path.exists() for path in paths)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run it again to go on with the stage that was under way")
