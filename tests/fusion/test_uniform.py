@@ -1,0 +1,148 @@
+"""JAM-Uniform is the parents' weighted mean, and what every fusion writes down and refuses."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.fusion import FusionRecipe
+from megatron_jam.fusion.fuse import fuse
+from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.weights.folder import VOCABULARY, WeightsFolder
+from tests.helpers.pico import pico_config, pico_folder
+
+CONFIG = pico_config("tower", num_layers=2, bias=True, affine_norm=True)
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An LLM and an image model in fp32."""
+    root = tmp_path_factory.mktemp("parents")
+    return (
+        pico_folder(root / "llm", CONFIG, seed=1, dtype=torch.float32),
+        pico_folder(root / "image", CONFIG, seed=2, dtype=torch.float32),
+    )
+
+
+def recipe(text: Path, image: Path, output: Path, **settings: object) -> FusionRecipe:
+    values = {"method": "uniform", "text": text, "image": image, "output": output, **settings}
+    return FusionRecipe(**values)  # type: ignore[arg-type]
+
+
+def test_mean_of_a_model_and_itself_is_the_model(
+    parents: tuple[Path, Path], tmp_path: Path
+) -> None:
+    text, _ = parents
+    fuse(recipe(text, text, tmp_path / "child"))
+    parent, child = WeightsFolder(text), WeightsFolder(tmp_path / "child")
+    assert child.config == parent.config
+    for file in text.glob("*.safetensors"):
+        assert (tmp_path / "child" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_text_share_is_the_weight_of_the_llm(
+    share: float, parents: tuple[Path, Path], tmp_path: Path
+) -> None:
+    fuse(recipe(*parents, tmp_path / "child", text_share=share))
+    text, image, child = (WeightsFolder(p) for p in (*parents, tmp_path / "child"))
+    assert child.names == text.names
+    for name in child.names:
+        t, i = text.read(name), image.read(name)
+        due = (t.double() * share + i.double() * (1 - share)).float()
+        assert torch.equal(child.read(name), due), name
+        if share in (0.0, 1.0):
+            assert torch.equal(child.read(name), i if share == 0 else t), name
+
+
+def test_child_has_the_llms_dtype(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    low = pico_folder(tmp_path / "low", CONFIG, seed=1, dtype=torch.bfloat16)
+    fuse(recipe(low, parents[1], tmp_path / "child"))
+    child = WeightsFolder(tmp_path / "child")
+    assert {child.read(name).dtype for name in child.names} == {torch.bfloat16}
+
+
+def test_provenance_says_where_every_tensor_is_from(
+    parents: tuple[Path, Path], tmp_path: Path
+) -> None:
+    fuse(recipe(*parents, tmp_path / "child", text_share=0.25))
+    child = WeightsFolder(tmp_path / "child")
+    told = child.provenance
+    assert told["made_by"] == "tools/fuse.py"
+    assert told["recipe"]["method"] == "uniform"
+    assert told["recipe"]["text_share"] == "0.25"
+    assert "output" not in told["recipe"]
+    for role, path in zip(("text", "image"), parents, strict=True):
+        parent = WeightsFolder(path)
+        assert told["parents"][role]["folder"] == str(path)
+        assert told["parents"][role]["sha256"] == parent.provenance["sha256"]
+    for name in child.names:
+        content = child.read(name).contiguous().view(torch.uint8).numpy().tobytes()
+        assert told["sha256"][name] == hashlib.sha256(content).hexdigest()
+    for name in ("vocabulary.json", "tokenizer.json"):
+        assert (tmp_path / "child" / name).read_bytes() == (parents[0] / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["uniform", "width", "cross"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 3}, "differ in towers"),
+        ({"ffn_size": 64}, "differ in towers"),
+        ({"bias": False}, "differ in towers"),
+        ({"max_positions": 32}, "differ in max_positions"),
+    ],
+)
+def test_unequal_parents_are_refused(
+    method: str, changes: dict, message: str, parents: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tower = {k: v for k, v in changes.items() if k != "max_positions"}
+    config = pico_config("tower", **{"num_layers": 2, "bias": True, "affine_norm": True, **tower})
+    if "max_positions" in changes:
+        config = dataclasses.replace(config, max_positions=changes["max_positions"])
+    other = pico_folder(tmp_path / "other", config, dtype=torch.float32)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UsageError, match=f"method {method} needs parents of one shape.*{message}"):
+        fuse(recipe(parents[0], other, tmp_path / "child", method=method))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_pair_is_no_parent(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    pair = pico_folder(tmp_path / "pair", pico_config("cross", num_layers=2))
+    before = sorted(tmp_path.iterdir())
+    for text, image in ((pair, parents[1]), (parents[0], pair)):
+        with pytest.raises(UsageError, match="pair has two towers already; a parent has one"):
+            fuse(recipe(text, image, tmp_path / "child"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_another_vocabulary_is_refused(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of the same size, so that only its content differs."""
+    other = pico_folder(tmp_path / "other", CONFIG, dtype=torch.float32)
+    vocabulary = JointVocabulary.build(text_size=300, num_image_codes=15, num_sentinels=5)
+    vocabulary.save(other / VOCABULARY)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UsageError, match=r"the vocabulary of .*other is not the one of .*llm"):
+        fuse(recipe(parents[0], other, tmp_path / "child"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_parent_is_not_overwritten(parents: tuple[Path, Path]) -> None:
+    before = (parents[0] / "provenance.json").read_bytes()
+    with pytest.raises(UsageError, match="is a parent; name another folder"):
+        fuse(recipe(*parents, parents[0].parent / "image" / ".." / "llm"))
+    assert (parents[0] / "provenance.json").read_bytes() == before
+
+
+def test_parent_with_a_missing_tensor_is_refused(
+    parents: tuple[Path, Path], tmp_path: Path
+) -> None:
+    broken = pico_folder(tmp_path / "broken", CONFIG, dtype=torch.float32)
+    index = broken / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("head.norm.bias", "head.norm.shift"))
+    with pytest.raises(UsageError, match=r"missing \['head.norm.bias'\]"):
+        fuse(recipe(parents[0], broken, tmp_path / "child"))
+    assert not (tmp_path / "child").exists()

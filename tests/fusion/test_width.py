@@ -1,0 +1,144 @@
+"""JAM-Width against equations 2 and 3 of the paper, block by block and as a function."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_jam.config.fusion import FusionRecipe
+from megatron_jam.config.model import ModelConfig
+from megatron_jam.fusion.fuse import fuse
+from megatron_jam.models.parameters import num_parameters
+from megatron_jam.weights.folder import WeightsFolder
+from megatron_jam.weights.reference import reference_logits
+from tests.helpers.pico import pico_config, pico_folder
+
+D = 32
+
+
+def make(root: Path, config: ModelConfig, fill: str) -> tuple[WeightsFolder, ...]:
+    """LLM, image model and child, in float64."""
+    text = pico_folder(root / "llm", config, seed=1)
+    image = pico_folder(root / "image", config, seed=2)
+    fuse(
+        FusionRecipe(
+            method="width",
+            text=text,
+            image=image,
+            output=root / "child",
+            fill=fill,  # type: ignore[arg-type]
+        )
+    )
+    return WeightsFolder(text), WeightsFolder(image), WeightsFolder(root / "child")
+
+
+@pytest.fixture(scope="module", params=["copy", "average"])
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, tuple[WeightsFolder, ...]]:
+    """Every kind of tensor: biases and affine norms, an FFN that is not 4 d."""
+    config = pico_config("tower", num_layers=2, bias=True, affine_norm=True, ffn_size=48)
+    return request.param, make(tmp_path_factory.mktemp("width"), config, request.param)
+
+
+def test_child_is_twice_as_wide(family: tuple[str, tuple[WeightsFolder, ...]]) -> None:
+    _, (text, _, child) = family
+    (tower,) = child.config.towers.values()
+    assert (tower.hidden_size, tower.num_heads, tower.inner_size) == (2 * D, 8, 96)
+    assert tower.num_layers == 2
+    assert child.config.vocab_size == text.config.vocab_size
+    assert child.config.max_positions == text.config.max_positions
+    read = [child.read(name).numel() for name in child.names]
+    assert sum(read) == num_parameters(child.config)
+
+
+def test_every_projection_is_eq_2_or_3(family: tuple[str, tuple[WeightsFolder, ...]]) -> None:
+    fill, (text, image, child) = family
+    matrices = [n for n in child.names if n.endswith("weight") and n.startswith("layers.")]
+    matrices = [n for n in matrices if "norm" not in n]
+    assert len(matrices) == 2 * 6
+    for name in matrices:
+        t, i, c = text.read(name), image.read(name), child.read(name)
+        rows, columns = t.shape
+        second_t, second_i = (t, i) if fill == "copy" else ((t + i) / 2,) * 2
+        assert c.shape == (2 * rows, 2 * columns)
+        assert torch.equal(c[:rows, :columns], t), name
+        assert torch.equal(c[rows:, :columns], i), name
+        assert torch.equal(c[:rows, columns:], second_t), name
+        assert torch.equal(c[rows:, columns:], second_i), name
+
+
+def test_tables_and_vectors_stand_side_by_side(
+    family: tuple[str, tuple[WeightsFolder, ...]],
+) -> None:
+    _, (text, image, child) = family
+    tables = ["embedding.tokens.weight", "embedding.positions.weight"]
+    for name in tables:
+        assert torch.equal(child.read(name)[:, :D], text.read(name))
+        assert torch.equal(child.read(name)[:, D:], image.read(name))
+    vectors = [n for n in child.names if n.endswith("bias") or "norm" in n]
+    # A layer: six biases, two norms of two; the last norm.
+    assert len(vectors) == 2 * (6 + 4) + 2
+    for name in vectors:
+        size = text.read(name).numel()
+        assert torch.equal(child.read(name)[:size], text.read(name)), name
+        assert torch.equal(child.read(name)[size:], image.read(name)), name
+    assert len(child.names) == len(tables) + len(vectors) + 2 * 6
+
+
+def test_projection_reads_the_sum_of_both_halves(tmp_path: Path) -> None:
+    """[u; v] -> [T(u + v); I(u + v)]."""
+    text, image, child = make(tmp_path, pico_config("tower", num_layers=1), "copy")
+    u, v = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for kind in ("attention.q", "attention.out", "ffn.fc1"):
+        name = f"layers.0.main.{kind}.weight"
+        out = torch.cat([u, v], dim=-1) @ child.read(name).T
+        due = [(u + v) @ parent.read(name).T for parent in (text, image)]
+        assert torch.allclose(out, torch.cat(due, dim=-1), rtol=1e-12, atol=1e-12)
+
+
+def heads_of(parent: WeightsFolder, s: Tensor) -> Tensor:
+    """Causal attention of a parent's four heads over states `s` [S, d], before `out`."""
+    q, k, v = ((s @ parent.read(f"layers.0.main.attention.{x}.weight").T) for x in "qkv")
+    size = D // 4
+    result = torch.empty_like(q)
+    for head in range(4):
+        cut = slice(head * size, (head + 1) * size)
+        for place in range(len(s)):
+            scores = k[: place + 1, cut] @ q[place, cut] / math.sqrt(size)
+            result[place, cut] = scores.softmax(0) @ v[: place + 1, cut]
+    return result
+
+
+def norm(x: Tensor) -> Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-5)
+
+
+def test_child_computes_with_its_parents_whole_heads(tmp_path: Path) -> None:
+    """A layer of the child, written down with the parents' weights alone.
+
+    Were a head cut or in another place, its scores would mix two of the parents' heads.
+    """
+    text, image, child = make(tmp_path, pico_config("tower", num_layers=1), "copy")
+    parents = (text, image)
+    tokens = torch.randint(4, 322, (7,), generator=torch.Generator().manual_seed(0))
+
+    def table(name: str) -> Tensor:
+        return torch.cat([p.read(f"embedding.{name}.weight") for p in parents], dim=1)
+
+    def both(name: str, s: Tensor) -> Tensor:
+        return torch.cat([s @ p.read(f"layers.0.main.{name}.weight").T for p in parents], dim=1)
+
+    def halves_added(x: Tensor) -> Tensor:
+        return x[:, : x.shape[1] // 2] + x[:, x.shape[1] // 2 :]
+
+    x = table("tokens")[tokens] + table("positions")[2:9]
+    s = halves_added(norm(x))
+    x = x + both("attention.out", heads_of(text, s) + heads_of(image, s))
+    inner = both("ffn.fc1", halves_added(norm(x))).relu()
+    x = x + both("ffn.fc2", halves_added(inner))
+    due = norm(x) @ table("tokens").T
+    logits = reference_logits(child.config, child.read, tokens[None])[0]
+    assert torch.allclose(logits, due, rtol=1e-10, atol=1e-10)
