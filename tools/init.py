@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-import yaml
 
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import read_settings
 from megatron_jam.config.log import logger
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.models.parameters import num_parameters, parameter_table
@@ -24,9 +24,7 @@ def main(config: Path, tokenizer: Path, output: Path, *, seed: int = 0) -> None:
         output: weights folder to write.
         seed: of the weights.
     """
-    values = yaml.safe_load(config.read_text())
-    if not isinstance(values, dict):
-        raise UsageError(f"{config} holds no settings of a model")
+    values = read_settings(config)
     vocabulary = JointVocabulary.load(tokenizer / VOCABULARY)
     values.setdefault("vocab_size", vocabulary.size)
     model = ModelConfig.from_dict(values)

@@ -41,7 +41,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
-        raise UsageError(f"{_first_line(error)} (see --help)") from error
+        raise UsageError(f"{_one_line(error)} (see --help)") from error
 
 
 class one_line_errors:
@@ -68,6 +68,8 @@ def _leave(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    # As which class the items of a list were parsed tells a user nothing.
+    told = [line for line in lines if line and not line.startswith("Problem with given class_path")]
+    return " ".join(told) or type(error).__name__

@@ -1,7 +1,23 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all; YAML files of settings."""
 
 import os
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_jam.config.errors import UsageError
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; a :class:`UsageError` if it holds anything else."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no settings; write one `name: value` a line")
+    return values
 
 
 def write_text_atomically(path: Path | str, text: str) -> None:

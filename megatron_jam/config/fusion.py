@@ -3,11 +3,11 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-
+from megatron_jam.config.checks import check_types
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import read_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,24 +45,17 @@ class FusionRecipe:
     """cross: of the bridges and the projection."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("method", ("uniform", "width", "cross")),
-            ("fill", ("copy", "average")),
-            ("bridges", ("random", "zero")),
-            ("projection", ("random", "half")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}")
+        check_types(self)
         if not 0 <= self.text_share <= 1:
             raise UsageError(f"text_share is {self.text_share}; it must lie in 0..1")
+        if self.every < 0:
+            raise UsageError(f"every is {self.every}; it must be 0 (no bridges) or more")
 
     @classmethod
     def load(cls, path: Path) -> "FusionRecipe":
         """Read a recipe from YAML; an unknown or missing key is a UsageError."""
-        values: Any = yaml.safe_load(path.read_text())
+        values = read_settings(path)
         known = [f.name for f in dataclasses.fields(cls)]
-        if not isinstance(values, dict):
-            raise UsageError(f"{path} holds no recipe; its keys are {known}")
         for name in values:
             if name not in known:
                 raise UsageError(f"{path}: unknown key `{name}`; known: {known}")
@@ -70,5 +63,7 @@ class FusionRecipe:
             if name not in values:
                 raise UsageError(f"{path}: `{name}` is missing")
         for name in ("text", "image", "output"):
+            if not isinstance(values[name], str):
+                raise UsageError(f"{path}: `{name}` is {values[name]!r}; it must be a folder")
             values[name] = Path(values[name])
         return cls(**values)

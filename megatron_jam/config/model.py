@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_jam.config.checks import check_types
 from megatron_jam.config.errors import UsageError
 
 MAIN, IMAGE, TEXT = "main", "image", "text"
@@ -42,6 +43,7 @@ class TowerConfig:
     """Added to the variance in layer norms."""
 
     def __post_init__(self) -> None:
+        check_types(self, "tower ")
         for name in ("num_layers", "hidden_size", "num_heads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"tower {name} is {getattr(self, name)}; it must be at least 1")
@@ -67,6 +69,7 @@ class BridgeConfig:
     """How new bridges begin: `random` as the authors' code, `zero` adds nothing at step 0."""
 
     def __post_init__(self) -> None:
+        check_types(self, "bridges.")
         if self.every < 0:
             raise UsageError(f"bridges.every is {self.every}; it must be 0 (none) or more")
 
@@ -98,6 +101,7 @@ class ModelConfig:
     or [I/2, I/2], which keeps the parents' output map."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if set(self.towers) not in ({MAIN}, set(PAIR)):
             raise UsageError(
                 f"towers are {sorted(self.towers)}; give either `{MAIN}` or `{IMAGE}` and `{TEXT}`"
@@ -148,12 +152,17 @@ class ModelConfig:
     def from_dict(cls, values: dict) -> "ModelConfig":
         """Build from plain dictionaries; an unknown key is a UsageError."""
         values = dict(values)
-        towers = {name: _build(TowerConfig, v) for name, v in values.pop("towers", {}).items()}
+        towers = values.pop("towers", {})
+        if not isinstance(towers, dict):
+            raise UsageError(f"towers is {towers!r}; it must hold settings for each tower's name")
+        towers = {name: _build(TowerConfig, value) for name, value in towers.items()}
         bridges = _build(BridgeConfig, values.pop("bridges", {}))
         return _build(cls, {**values, "towers": towers, "bridges": bridges})
 
 
 def _build(cls: type, values: dict):  # type: ignore[no-untyped-def]
+    if not isinstance(values, dict):
+        raise UsageError(f"{cls.__name__} is {values!r}; it must be a list of `name: value`")
     known = {f.name for f in dataclasses.fields(cls)}
     for name in values:
         if name not in known:

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 from megatron_jam.config.cli import parse
 from megatron_jam.config.data import DataConfig, DataSetConfig
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.parallel import ParallelConfig
 
 
@@ -43,11 +44,16 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Largest gradient norm; larger ones are scaled down to it (OPT; not stated in the paper)."""
 
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"optimizer.{name} is {getattr(self, name)}; it must be 0 or more")
+
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of step `step` (from 0) of `steps`."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        left = max(0.0, 1 - (step - self.warmup_steps) / max(1, steps - self.warmup_steps))
+        left = max(0.0, 1 - (step - self.warmup_steps) / max(1, steps - 1 - self.warmup_steps))
         return self.final_learning_rate + left * (self.learning_rate - self.final_learning_rate)
 
 
@@ -110,9 +116,13 @@ class RunConfig:
     """Save and stop after this step, for a run in several jobs; 0 runs to the end."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "context_length", "global_batch_size", "micro_batch_size"):
+        sizes = ("steps", "context_length", "global_batch_size", "micro_batch_size")
+        for name in (*sizes, "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("validate_every", "checkpoint_every", "stop_at"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 or more")
 
     def num_micro_batches(self, world_size: int) -> int:
         """Micro-batches of each rank in a step.
@@ -130,7 +140,9 @@ class RunConfig:
 
     def save(self, path: Path) -> None:
         """Write the resolved settings as YAML, which `load_run_config` reads back."""
-        path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
+        write_text_atomically(
+            path, yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+        )
 
 
 def load_run_config(arguments: Sequence[str] | None = None) -> RunConfig:

@@ -33,6 +33,8 @@ def measure_sets(
     measured = {}
     for each in sets:
         samples = evaluation_samples(each.path, vocabulary, context_length=context_length)
+        if not len(samples):
+            raise UsageError(f"{each.path} has less than two tokens: there is nothing to measure")
         batches = _batches(samples, world, micro_batch_size)
         with torch.no_grad():
             measured[each.name] = step(batches, forward_only=True)

@@ -60,6 +60,8 @@ def fuse(recipe: FusionRecipe) -> ModelConfig:
 def check_parents(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe) -> None:
     """Raise UsageError, naming what differs, unless the two can be fused by the recipe's method."""
     for folder in (text, image):
+        if recipe.output.resolve() == folder.path.resolve():
+            raise UsageError(f"output {recipe.output} is a parent; name another folder")
         if folder.config.is_pair:
             raise UsageError(f"{folder.path} has two towers already; a parent has one")
         check_tensors(folder)

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
@@ -42,16 +42,16 @@ class WeightsFolder:
         self.path = Path(path)
         if not (self.path / INDEX).is_file():
             raise UsageError(f"{path} is not a weights folder: it has no {INDEX}")
-        self.config = ModelConfig.from_dict(json.loads((self.path / CONFIG).read_text()))
+        self.config = ModelConfig.from_dict(_read_json(self.path / CONFIG))
         self.vocabulary = JointVocabulary.load(self.path / VOCABULARY)
         if self.vocabulary.size != self.config.vocab_size:
             raise UsageError(
                 f"{path}: {VOCABULARY} has {self.vocabulary.size} ids, but {CONFIG} says vocab_size"
                 f" {self.config.vocab_size}; take both from the same model"
             )
-        self.provenance = json.loads((self.path / PROVENANCE).read_text())
+        self.provenance = _read_json(self.path / PROVENANCE)
         self._files: dict[str, Any] = {}
-        self._place = json.loads((self.path / INDEX).read_text())["weight_map"]
+        self._place = _read_json(self.path / INDEX).get("weight_map", {})
 
     @property
     def names(self) -> list[str]:
@@ -73,12 +73,23 @@ class WeightsFolder:
             raise UsageError(f"{self.path} has no tensor {name}")
         file = self._place[name]
         if file not in self._files:
-            # The name of the package's own argument for its torch tensors.
-            self._files[file] = safe_open(str(self.path / file), framework="pt")
+            self._files[file] = self._open(file, name)
         if dim is None:
             return self._files[file].get_tensor(name)
         view = self._files[file].get_slice(name)
         return view[start:stop] if dim == 0 else view[:, start:stop]
+
+    def _open(self, file: str, name: str) -> Any:
+        """Map a file, which must hold tensor `name`."""
+        path = self.path / file
+        if not path.is_file():
+            raise UsageError(f"{path} is missing, which holds {name}: copy the whole folder")
+        try:
+            # "pt" is the package's own name for torch.
+            opened = safe_open(str(path), framework="pt")
+        except SafetensorError as error:
+            raise UsageError(f"{path} is damaged ({error}): copy the folder again") from error
+        return opened
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
@@ -116,7 +127,13 @@ class FolderWriter:
             shapes: shape of each tensor by name, in the order in which they will be written.
             dtype: of all tensors.
             file_bytes: largest size of one file, in bytes, unless one tensor is larger.
+
+        Raises:
+            UsageError: if `source` lacks a file.
         """
+        for name in (VOCABULARY, TOKENIZER):
+            if not (source / name).is_file():
+                raise UsageError(f"{source} has no {name}: name the folder of a text tokenizer")
         self.path = Path(path)
         self._part = self.path.parent / f".{self.path.name}.part"
         self._config, self._source = config, Path(source)
@@ -133,8 +150,7 @@ class FolderWriter:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            shutil.rmtree(self._part, ignore_errors=True)
+        shutil.rmtree(self._part, ignore_errors=True)  # renamed and gone where all went well
 
     def _steps(self) -> Iterable[tuple[str, Any]]:
         """Yield (name, file to append to) in order; headers go before the first tensor."""
@@ -213,6 +229,16 @@ def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} is damaged: it holds no JSON object")
+    return values
 
 
 def _write_json(path: Path, value: Any) -> None:
