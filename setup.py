@@ -112,6 +112,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_jam", "megatron_jam.*"]),
+    package_data={"megatron_jam.generation": ["*.jinja"]},
     install_requires=DEPENDENCIES,
     extras_require=OPTIONAL,
     ext_modules=[extension()],

@@ -1,0 +1,124 @@
+"""Batched decoding of documents with text and pictures in them, with a key-value cache.
+
+Each row writes text until its `<break>`, then exactly one picture's codes under classifier-free
+guidance, the closing `<break>`, then text again until `</s>` (paper section 3.2; JAM's own code).
+Rows are independent: each has its own state, positions and random numbers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.generation import SamplingConfig
+from megatron_jam.generation.row import Row, Rules, legal_table
+from megatron_jam.generation.streams import Streams
+from megatron_jam.models.jam import JamModel
+from megatron_jam.ops.guided_sampling import guided_sample
+from megatron_jam.parallel.world import World
+from megatron_jam.tokenizers.document import Tokens, unconditional_prompt
+from megatron_jam.tokenizers.vocabulary import JointVocabulary
+
+
+class Decoder:
+    """Writes behind prompts with one model."""
+
+    def __init__(
+        self, model: JamModel, world: World, vocabulary: JointVocabulary, *, tokens_per_image: int
+    ) -> None:
+        """Take `model`, whole on these tensor-parallel ranks; it is put into evaluation mode.
+
+        Raises:
+            UsageError: the layout, the vocabulary or max_positions does not serve.
+        """
+        config, parallel = model.model_config, world.parallel
+        if parallel.pipeline > 1:
+            raise UsageError(
+                f"parallel.pipeline is {parallel.pipeline}; generation needs 1: use parallel.tensor"
+            )
+        if parallel.sequence:
+            raise UsageError("parallel.sequence is set; generation goes token by token: unset it")
+        if vocabulary.size != config.vocab_size:
+            raise UsageError(
+                f"the vocabulary has {vocabulary.size} ids, the model {config.vocab_size}"
+            )
+        # The shortest document with a picture: `[E] <sentinel:0> [B]`, the codes, `[B]`.
+        shortest = len(unconditional_prompt(vocabulary)) + tokens_per_image + 1
+        if tokens_per_image < 1 or shortest > config.max_positions:
+            raise UsageError(
+                f"max_positions {config.max_positions} is too short for a picture of"
+                f" {tokens_per_image} codes, which takes {shortest}; use another image tokenizer"
+            )
+        self._model = model.eval()
+        self._world, self._vocabulary = world, vocabulary
+        self._tokens_per_image = tokens_per_image
+        self._legal = torch.from_numpy(legal_table(vocabulary)).to(world.device)
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Tokens], settings: SamplingConfig, *, first_index: int = 0
+    ) -> list[Tokens]:
+        """Write behind each prompt; all tensor-parallel ranks call this and get the same.
+
+        Args:
+            prompts: joint ids int64 [n] each, of unlike lengths, as tokenizers/document.py lays
+                them out; one that ends in a picture goes on with the picture.
+            settings: how to draw.
+            first_index: number of the first prompt; the draws of a prompt depend on its number
+                and not on the other prompts, so a long list can be cut into batches.
+
+        Returns:
+            The new tokens of each prompt, int64: up to and including `</s>`, or as far as
+            max_new_tokens or the model's positions reach.
+
+        Raises:
+            UsageError: a prompt is empty or leaves no room.
+        """
+        rules = Rules(
+            vocabulary=self._vocabulary,
+            tokens_per_image=self._tokens_per_image,
+            max_positions=self._model.model_config.max_positions,
+            max_new_tokens=settings.max_new_tokens,
+        )
+        rows = [Row(rules, prompt, index=first_index + i) for i, prompt in enumerate(prompts)]
+        if not rows:
+            return []
+        streams = Streams(
+            self._model, self._world, rows, rules, guided=settings.guidance_scale != 1
+        )
+        try:
+            while not all(row.done for row in rows):
+                tokens = self._draw(rows, *streams.step(), settings)
+                for row, token in zip(rows, tokens, strict=True):
+                    if not row.done:
+                        row.push(token)
+        finally:
+            streams.cache.detach()
+        return [row.new_tokens for row in rows]
+
+    def _draw(
+        self, rows: list[Row], cond: Tensor, uncond: Tensor | None, settings: SamplingConfig
+    ) -> list[int]:
+        """One legal token for each row; logits [N, V]. Rows in text are not guided."""
+        pictures = [row.in_picture for row in rows]
+
+        def per_row(picture: float, text: float) -> Tensor:
+            values = [picture if each else text for each in pictures]
+            return torch.tensor(values, dtype=torch.float64)
+
+        scale: float | Tensor = 1.0
+        if uncond is not None:
+            in_picture = torch.tensor(pictures, device=cond.device)[:, None]
+            uncond = torch.where(in_picture, uncond, cond)
+            scale = per_row(settings.guidance_scale, 1.0)
+        return guided_sample(
+            cond.float(),
+            None if uncond is None else uncond.float(),
+            guidance_scale=scale,
+            temperature=per_row(settings.temperature, settings.text_temperature),
+            top_p=per_row(settings.top_p, settings.text_top_p),
+            legal=self._legal[[row.legal for row in rows]],
+            seed=settings.seed,
+            offset=torch.tensor([(row.index << 32) + len(row.tokens) for row in rows]),
+        ).tolist()

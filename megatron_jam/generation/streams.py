@@ -1,0 +1,86 @@
+"""The model under a batch of rows: one key-value cache for documents and unconditional streams."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_jam.generation.row import Row, Rules
+from megatron_jam.models.attention import KeyValueCache
+from megatron_jam.models.jam import JamModel
+from megatron_jam.parallel.world import World
+from megatron_jam.tokenizers.document import unconditional_prompt
+
+
+class Streams:
+    """Logits of what comes next in N rows. Cache rows 0..N-1 hold the documents, N..2N-1 the
+    unconditional streams of the pictures that they are in.
+
+    An unconditional stream rests at `[E] <sentinel:0>` while its document is in text. Streams that
+    rest or are done take part in a forward without advancing, so that what they wrote is
+    overwritten.
+    """
+
+    def __init__(
+        self, model: JamModel, world: World, rows: list[Row], rules: Rules, *, guided: bool
+    ) -> None:
+        """Fill the cache with all but the last token of each stream: that is what a step feeds."""
+        self._model, self._world, self._rows = model, world, rows
+        self._guided = guided
+        self._rest = len(unconditional_prompt(rules.vocabulary)) - 1
+        longest = max(len(row.tokens) for row in rows) + rules.max_new_tokens
+        longest += rules.tokens_per_image + 1  # a picture may begin with the last new token
+        self.cache = KeyValueCache(
+            model,
+            rows=len(rows) * (2 if guided else 1),
+            capacity=min(rules.max_positions, longest),
+            device=world.device,
+        )
+        self._prefill([row.tokens[:-1] for row in rows], first_row=0)
+        if guided:
+            self._prefill([row.unconditional for row in rows], first_row=len(rows))
+
+    def _prefill(self, streams: list[list[int]], *, first_row: int) -> None:
+        """Fill the cache, padded on the right: no token sees what is behind it."""
+        lengths = torch.tensor([len(stream) for stream in streams])
+        if not lengths.any():
+            return
+        tokens = torch.zeros(len(streams), int(lengths.max()), dtype=torch.int64)
+        for row, stream in zip(tokens, streams, strict=True):
+            row[: len(stream)] = torch.tensor(stream, dtype=torch.int64)
+        positions = self.cache.open(*tokens.shape, first_row=first_row)
+        self._model.run_layers(tokens.to(self._world.device), positions)
+        self.cache.advance(lengths)
+
+    def step(self) -> tuple[Tensor, Tensor | None]:
+        """Feed every stream's last token.
+
+        Returns:
+            The logits [N, V] of what comes next with the text, and without it where a row is in a
+            picture and guided (None if no row is).
+        """
+        num_rows = len(self._rows)
+        pictures = torch.tensor([row.in_picture for row in self._rows])
+        going = torch.tensor([not row.done for row in self._rows])
+        last = torch.tensor([row.tokens[-1] for row in self._rows])
+        if self._guided:
+            self.cache.lengths[num_rows:][~pictures] = self._rest
+        if not (self._guided and pictures.any()):
+            return self._forward(last, going), None
+        logits = self._forward(last.repeat(2), torch.cat([going, pictures]))
+        return logits[:num_rows], logits[num_rows:]
+
+    def _forward(self, tokens: Tensor, going: Tensor) -> Tensor:
+        """Logits [B, V] after one token int64 [B] of each stream; those `going` advance."""
+        positions = self.cache.open(len(tokens), 1)
+        share = self._model(tokens[:, None].to(self._world.device), positions)[0]
+        self.cache.advance(going.long())
+        return self._whole_vocabulary(share)
+
+    def _whole_vocabulary(self, share: Tensor) -> Tensor:
+        """[B, padded V / TP] of every rank -> [B, V], the same on all."""
+        tensor = self._world.tensor
+        parts = [share]
+        if tensor.size > 1:
+            parts = [torch.empty_like(share) for _ in range(tensor.size)]
+            dist.all_gather(parts, share.contiguous(), group=tensor.group)
+        return torch.cat(parts, dim=-1)[:, : self._model.model_config.vocab_size]

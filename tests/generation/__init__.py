@@ -1,0 +1,1 @@
+"""Mixed-modal decoding."""
