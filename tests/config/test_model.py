@@ -1,0 +1,90 @@
+"""A model's description: saved, read, and refused by the name of the wrong setting."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.model import BridgeConfig, ModelConfig, TowerConfig
+
+TOWER: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "num_heads": 2}
+MODEL: dict[str, Any] = {"towers": {"main": TOWER}, "vocab_size": 10, "max_positions": 16}
+PAIR: dict[str, Any] = {**MODEL, "towers": {"image": TOWER, "text": {**TOWER, "num_heads": 4}}}
+
+
+def test_defaults_are_cm3leons() -> None:
+    config = ModelConfig.from_dict(MODEL)
+    (tower,) = config.towers.values()
+    assert (tower.inner_size, tower.activation) == (32, "relu")
+    assert not tower.bias
+    assert not tower.affine_norm
+    assert (config.position_offset, config.init_std) == (2, 0.006)
+    assert (config.is_pair, config.tower_names, config.joint_size) == (False, ("main",), 8)
+
+
+def test_pair() -> None:
+    config = ModelConfig.from_dict({**PAIR, "bridges": {"every": 1, "start": "zero"}})
+    assert config.tower_names == ("image", "text")
+    assert (config.hidden_size, config.joint_size, config.num_layers) == (8, 16, 2)
+    assert config.bridges == BridgeConfig(every=1, start="zero")
+    assert [config.has_bridge(i) for i in range(2)] == [True, True]
+    assert not ModelConfig.from_dict(MODEL).has_bridge(0)
+
+
+@pytest.mark.parametrize("values", [MODEL, PAIR])
+def test_saved_description_is_read_back(values: dict[str, Any], tmp_path: Path) -> None:
+    config = ModelConfig.from_dict(values)
+    config.save(tmp_path / "config.json")
+    read = ModelConfig.from_dict(json.loads((tmp_path / "config.json").read_text()))
+    assert read == config
+    assert dataclasses.asdict(read) == dataclasses.asdict(config)
+
+
+def tower(**changes: Any) -> dict[str, Any]:
+    return {"towers": {"main": {**TOWER, **changes}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab": 3}, "unknown key `vocab` in ModelConfig"),
+        (tower(heads=3), "unknown key `heads` in TowerConfig"),
+        ({"bridges": {"each": 2}}, "unknown key `each` in BridgeConfig"),
+        ({"towers": {"main": {"num_layers": 2}}}, "TowerConfig: .*'hidden_size' and 'num_heads'"),
+        ({"towers": {"text": TOWER}}, r"towers are \['text'\]; give either"),
+        ({"towers": ["main"]}, r"towers is \['main'\]"),
+        ({"towers": {"main": 3}}, "TowerConfig is 3"),
+        (tower(num_heads=3), "num_heads 3 does not divide hidden_size 8"),
+        (tower(num_layers=0), "num_layers is 0; it must be at least 1"),
+        (tower(num_heads="2"), "num_heads is '2'; it must be a whole number"),
+        (tower(hidden_size=8.0), "hidden_size is 8.0; it must be a whole number"),
+        (tower(bias="no"), "bias is 'no'; it must be true or false"),
+        (tower(activation="swish"), "activation is 'swish'; choose one of relu, gelu"),
+        (tower(norm_epsilon="1e-5"), "norm_epsilon is '1e-5'; it must be a number, such as 1.0e-5"),
+        ({"bridges": {"every": -1}}, "bridges.every is -1"),
+        ({"bridges": {"start": "zeros"}}, "bridges.start is 'zeros'; choose one of random, zero"),
+        ({"projection_start": "mean"}, "projection_start is 'mean'; choose one of random, half"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"max_positions": None}, "max_positions is None"),
+        (
+            {"towers": {"image": TOWER, "text": {**TOWER, "num_layers": 3}}},
+            "towers image and text differ in num_layers",
+        ),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        ModelConfig.from_dict({**MODEL, **changes})
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_are_numbers() -> None:
+    config = ModelConfig.from_dict({**MODEL, "init_std": 1})
+    assert config.init_std == 1
+    with pytest.raises(UsageError, match="init_std is True"):
+        ModelConfig.from_dict({**MODEL, "init_std": True})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TowerConfig(**TOWER).num_layers = 3  # type: ignore[misc]
