@@ -44,85 +44,27 @@ def tool(name: str, *arguments: object) -> list[str]:
     return [*PYTHON, f"tools/{name}.py", *map(str, arguments)]
 
 
+TEXT_TOKENIZER, IMAGE_TOKENIZER = OUT / "text_tokenizer", OUT / "image_tokenizer"
+SETS = OUT / "data"
+
+
 def stages() -> list[Stage]:
     """The main job in order."""
-    text_tokenizer, image_tokenizer = OUT / "text_tokenizer", OUT / "image_tokenizer"
-    sets = OUT / "data"
     return [
-        Stage(
-            name="image_tokenizer",
-            title="image tokenizer: 64 codes a picture",
-            commands=[
-                tool(
-                    "train_image_tokenizer",
-                    DATA / "pairs.tar",
-                    image_tokenizer,
-                    "--validation",
-                    DATA / "pairs_heldout.tar",
-                )
-            ],
-            writes=[image_tokenizer],
-        ),
-        Stage(
-            name="text_tokenizer",
-            title="text tokenizer and joint vocabulary",
-            commands=[
-                tool(
-                    "train_text_tokenizer",
-                    f"[{DATA / 'text.jsonl'},{DATA / 'pairs.tar'}]",
-                    text_tokenizer,
-                    "--vocab_size=1536",
-                    "--num_image_codes=512",
-                    "--num_sentinels=16",
-                )
-            ],
-            writes=[text_tokenizer],
-        ),
+        *tokenizers(),
         Stage(
             name="data",
             title="indexed sets of text, pairs and answers, trained and held out",
-            commands=[
-                command
-                for end in ("", "_heldout")
-                for command in (
-                    tool(
-                        "prepare_interleaved",
-                        DATA / f"interleaved{end}.jsonl",
-                        DATA / f"pairs{end}.tar",
-                        text_tokenizer,
-                        image_tokenizer,
-                        sets / f"answers{end}",
-                    ),
-                    tool(
-                        "prepare_images",
-                        DATA / f"pairs{end}.tar",
-                        text_tokenizer,
-                        image_tokenizer,
-                        sets / f"pairs{end}",
-                    ),
-                    tool(
-                        "prepare_text",
-                        DATA / f"text{end}.jsonl",
-                        text_tokenizer,
-                        sets / f"text{end}",
-                    ),
-                )
-            ],
-            writes=[sets],
+            commands=[command for end in ("", "_heldout") for command in prepare(end)],
+            writes=[SETS],
             parallel=True,
         ),
         Stage(
             name="fresh",
             title="fresh weights of both parents",
             commands=[
-                tool(
-                    "init",
-                    CONFIGS / "tower.yaml",
-                    text_tokenizer,
-                    OUT / "fresh" / name,
-                    f"--seed={seed}",
-                )
-                for seed, name in enumerate(("llm", "image"))
+                tool("init", CONFIGS / "tower.yaml", TEXT_TOKENIZER, OUT / "fresh" / name, seed)
+                for name, seed in (("llm", "--seed=0"), ("image", "--seed=1"))
             ],
             writes=[OUT / "fresh"],
             parallel=True,
@@ -132,43 +74,76 @@ def stages() -> list[Stage]:
         Stage(
             name="fusion",
             title="JAM-Uniform, JAM-Width and JAM-Cross from the parents",
-            commands=[
-                tool("fuse", CONFIGS / f"{method}.yaml") for method in ("uniform", "width", "cross")
-            ],
+            commands=[tool("fuse", CONFIGS / f"{m}.yaml") for m in ("uniform", "width", "cross")],
             writes=[OUT / "fused"],
             parallel=True,
         ),
         training("alignment", "continued pretraining of JAM-Cross on text and pairs"),
         training("instruct", "instruction tuning on illustrated answers"),
+        *results(),
+    ]
+
+
+def tokenizers() -> list[Stage]:
+    """Pictures and text become ids of one vocabulary."""
+    pairs, held_out = DATA / "pairs.tar", DATA / "pairs_heldout.tar"
+    sizes = ["--vocab_size=1536", "--num_image_codes=512", "--num_sentinels=16"]
+    texts = f"[{DATA / 'text.jsonl'},{pairs}]"
+    return [
+        Stage(
+            name="image_tokenizer",
+            title="image tokenizer: 64 codes a picture",
+            commands=[
+                tool("train_image_tokenizer", pairs, IMAGE_TOKENIZER, f"--validation={held_out}")
+            ],
+            writes=[IMAGE_TOKENIZER],
+        ),
+        Stage(
+            name="text_tokenizer",
+            title="text tokenizer and joint vocabulary",
+            commands=[tool("train_text_tokenizer", texts, TEXT_TOKENIZER, *sizes)],
+            writes=[TEXT_TOKENIZER],
+        ),
+    ]
+
+
+def prepare(end: str) -> list[list[str]]:
+    """Commands that prepare the sets of trained ("") or of held-out concepts ("_heldout")."""
+    pairs, both = DATA / f"pairs{end}.tar", [TEXT_TOKENIZER, IMAGE_TOKENIZER]
+    questions, text = DATA / f"interleaved{end}.jsonl", DATA / f"text{end}.jsonl"
+    return [
+        tool("prepare_interleaved", questions, pairs, *both, SETS / f"answers{end}"),
+        tool("prepare_images", pairs, *both, SETS / f"pairs{end}"),
+        tool("prepare_text", text, TEXT_TOKENIZER, SETS / f"text{end}"),
+    ]
+
+
+def results() -> list[Stage]:
+    """What the models are worth, and what JAM-Cross writes."""
+    models = ["llm/weights", "image/weights", "fused/uniform", "fused/width", "fused/cross"]
+    folders = ",".join(str(OUT / name) for name in [*models, "alignment/weights"])
+    names = ("text", "text_heldout", "pairs", "pairs_heldout")
+    sets = ",".join(f"{{name: {name}, path: {SETS / name}}}" for name in names)
+    perplexity, questions = OUT / "perplexity.json", OUT / "questions.txt"
+    options = ["--context_length=160", f"--output={perplexity}"]
+    weights, written = OUT / "instruct" / "weights", OUT / "generation"
+    return [
         Stage(
             name="perplexity",
             title="perplexities of parents, fusions and JAM-Cross",
-            commands=[
-                tool(
-                    "evaluate",
-                    f"[{','.join(str(folder) for folder in measured_folders())}]",
-                    measured_sets(),
-                    "--context_length=160",
-                    f"--output={OUT / 'perplexity.json'}",
-                )
-            ],
-            writes=[OUT / "perplexity.json"],
+            commands=[tool("evaluate", f"[{folders}]", f"[{sets}]", *options)],
+            writes=[perplexity],
         ),
         Stage(
             name="generation",
             title="illustrated answers for trained and held-out concepts",
             commands=[
-                [*PYTHON, str(HERE / "questions.py"), str(DATA), str(OUT / "questions.txt")],
+                [*PYTHON, str(HERE / "questions.py"), str(DATA), str(questions)],
                 tool(
-                    "generate",
-                    OUT / "instruct" / "weights",
-                    image_tokenizer,
-                    OUT / "generation",
-                    "--questions_file",
-                    OUT / "questions.txt",
+                    "generate", weights, IMAGE_TOKENIZER, written, f"--questions_file={questions}"
                 ),
             ],
-            writes=[OUT / "generation"],
+            writes=[written],
         ),
         Stage(
             name="page",
@@ -187,18 +162,6 @@ def training(name: str, title: str) -> Stage:
         commands=[[*TRAIN, str(CONFIGS / f"{name}.yaml")]],
         writes=[OUT / name],
     )
-
-
-def measured_folders() -> list[Path]:
-    """Models whose perplexity the page shows."""
-    fused = [OUT / "fused" / name for name in ("uniform", "width", "cross")]
-    return [OUT / "llm/weights", OUT / "image/weights", *fused, OUT / "alignment/weights"]
-
-
-def measured_sets() -> str:
-    """Sets on which it is measured, as a command-line value."""
-    names = ("text", "text_heldout", "pairs", "pairs_heldout")
-    return "[" + ",".join(f"{{name: {n}, path: {OUT / 'data' / n}}}" for n in names) + "]"
 
 
 def main() -> int:
