@@ -1,0 +1,200 @@
+"""The commands as a user runs them: what they make, and the one line that a mistake ends in."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.nn import functional as F
+
+from megatron_jam.data.indexed import write_set
+from megatron_jam.models.parameters import parameter_table
+from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.weights.folder import VOCABULARY, WeightsFolder
+from megatron_jam.weights.initial import initial_tensor
+from megatron_jam.weights.reference import reference_logits
+from tests.helpers.pico import pico_config, pico_folder, pico_vocabulary
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ["-m", "megatron_jam.train"]
+OTHER = JointVocabulary.build(text_size=300, num_image_codes=15, num_sentinels=5)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, three_heads/, and the prepared sets `set` and `other` (of another vocabulary)."""
+    root = tmp_path_factory.mktemp("cli")
+    small = {"num_layers": 1, "hidden_size": 24}
+    pico_folder(root / "model", pico_config("tower", num_heads=4, **small), dtype=torch.float32)
+    three = pico_config("tower", num_heads=3, ffn_size=96, **small)
+    pico_folder(root / "three_heads", three, dtype=torch.float32)
+    rng = np.random.default_rng(0)
+    documents = [np.append(rng.integers(4, 300, size=9), 2) for _ in range(5)]
+    for name, vocabulary in (("set", pico_vocabulary()), ("other", OTHER)):
+        write_set(
+            root / name, documents, vocabulary=vocabulary, tokenizer_sha256="pico", kind="text"
+        )
+    return root
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python with `command`, without what a surrounding torchrun would have set."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def tool(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return run(str(ROOT / "tools" / f"{name}.py"), *arguments, cwd=cwd)
+
+
+def fails(done: subprocess.CompletedProcess[str], message: str) -> None:
+    """Exactly one line on standard error, which matches, and status 2."""
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(f"error: .*{message}.*", line), line
+    assert done.returncode == 2
+
+
+def settings(home: Path, **changes: Any) -> dict[str, Any]:
+    """A short run that would succeed."""
+    values: dict[str, Any] = {
+        "weights": str(home / "model"),
+        "output": "run",
+        "data": {"sets": [{"name": "a", "path": str(home / "set")}]},
+        "steps": 1,
+        "context_length": 8,
+        "global_batch_size": 2,
+    }
+    return {**values, **changes}
+
+
+def write(path: Path, values: dict[str, Any]) -> str:
+    path.write_text(yaml.safe_dump(values))
+    return path.name
+
+
+def test_init_draws_a_model(home: Path, tmp_path: Path) -> None:
+    tower = {"num_layers": 1, "hidden_size": 16, "num_heads": 2}
+    config = write(tmp_path / "model.yaml", {"towers": {"main": tower}, "max_positions": 8})
+    done = tool("init", config, str(home / "model"), "fresh", "--seed", "5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = WeightsFolder(tmp_path / "fresh")
+    assert folder.config.vocab_size == pico_vocabulary().size
+    assert folder.provenance["seed"] == 5
+    for entry in parameter_table(folder.config):
+        due = initial_tensor(entry, folder.config, seed=5)
+        assert torch.equal(folder.read(entry.name), due), entry.name
+
+
+def test_init_without_its_file(home: Path, tmp_path: Path) -> None:
+    done = tool("init", "nowhere.yaml", str(home / "model"), "fresh", cwd=tmp_path)
+    fails(done, "no such file or folder: nowhere.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fuse_refuses_another_vocabulary(home: Path, tmp_path: Path) -> None:
+    tower = pico_config("tower", num_heads=4, num_layers=1, hidden_size=24)
+    image = pico_folder(tmp_path / "image", tower, dtype=torch.float32)
+    OTHER.save(image / VOCABULARY)
+    recipe = {"method": "cross", "text": str(home / "model"), "image": "image", "output": "child"}
+    name = write(tmp_path / "recipe.yaml", recipe)
+    before = sorted(tmp_path.iterdir())
+    fails(tool("fuse", name, cwd=tmp_path), "the vocabulary of image is not the one of .*/model")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_evaluate_writes_perplexities(home: Path, tmp_path: Path) -> None:
+    sets = json.dumps([{"name": "a", "path": str(home / "set")}])
+    done = tool(
+        "evaluate",
+        *(json.dumps([str(home / "model")]), sets),
+        *("--context_length", "8", "--output", "result/perplexity.json"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "result/perplexity.json").read_text())
+    assert (result["weights"], result["set"]) == (str(home / "model"), "a")
+    folder = WeightsFolder(home / "model")
+    rng = np.random.default_rng(0)
+    documents = [np.append(rng.integers(4, 300, size=9), 2) for _ in range(5)]
+    stream = torch.from_numpy(np.concatenate(documents))
+    nats = []
+    for start in range(0, len(stream) - 1, 8):
+        block = stream[start : start + 9]
+        logits = reference_logits(folder.config, folder.read, block[None, :-1])[0]
+        nats.append(F.cross_entropy(logits, block[1:], reduction="sum").item())
+    due = math.exp(sum(nats) / 49)
+    assert result["perplexity"]["all"] == pytest.approx(due, rel=1e-4)
+    assert set(result["perplexity"]) == {"all", "text", "special"}
+
+
+def test_evaluate_refuses_a_vocabulary_that_is_not_the_weights(home: Path, tmp_path: Path) -> None:
+    tower = pico_config("tower", num_heads=4, num_layers=1, hidden_size=24)
+    model = pico_folder(tmp_path / "mixed", tower, dtype=torch.float32)
+    JointVocabulary.build(text_size=300, num_image_codes=99, num_sentinels=5).save(
+        model / VOCABULARY
+    )
+    sets = json.dumps([{"name": "a", "path": str(home / "set")}])
+    arguments = (json.dumps(["mixed"]), sets, "--context_length", "8", "--output", "result.json")
+    done = tool("evaluate", *arguments, cwd=tmp_path)
+    fails(done, "mixed: vocabulary.json has 406 ids, but config.json says vocab_size 322; take .*")
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-4}, "'learning_rate' is not accepted"),
+        ({"weights": "nowhere"}, "nowhere is not a weights folder"),
+        (
+            {"parallel": {"tensor": 2}},
+            "parallel.tensor 2 x parallel.pipeline 1 does not divide the 1 ranks; start a"
+            " multiple of 2 ranks",
+        ),
+    ],
+    ids=["unknown key", "missing weights", "ranks"],
+)
+def test_train_refuses(changes: dict[str, Any], message: str, home: Path, tmp_path: Path) -> None:
+    name = write(tmp_path / "run.yaml", settings(home, **changes))
+    fails(run(*TRAIN, "--config", name, cwd=tmp_path), message)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_train_refuses_data_of_another_vocabulary(home: Path, tmp_path: Path) -> None:
+    data = {"sets": [{"name": "a", "path": str(home / "other")}]}
+    name = write(tmp_path / "run.yaml", settings(home, data=data))
+    message = "other was prepared with another vocabulary .*: prepare it again"
+    fails(run(*TRAIN, "--config", name, cwd=tmp_path), message)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_train_refuses_tensor_parallelism_that_cuts_heads(home: Path, tmp_path: Path) -> None:
+    """On two real ranks; the line comes once. torchrun adds its own report and status."""
+    changes = {"weights": str(home / "three_heads"), "parallel": {"tensor": 2}}
+    name = write(tmp_path / "run.yaml", settings(home, **changes))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run(*launch, *TRAIN, "--config", name, cwd=tmp_path)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert told == [
+        "error: parallel.tensor 2 does not divide num_heads 3 of tower main; choose a divisor of it"
+    ]
+    assert "megatron_jam" not in "".join(re.findall(r'File "[^"]*"', done.stderr))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
