@@ -18,6 +18,13 @@ from megatron_jam.config.log import configure_logging
 
 EXIT_USAGE = 2
 
+_PATH_ERRORS = {
+    FileNotFoundError: "no such file or folder",
+    IsADirectoryError: "this is a folder where a file is needed",
+    NotADirectoryError: "this is a file where a folder is needed",
+    PermissionError: "no permission to use",
+}
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -25,8 +32,8 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = 
     """Parse `arguments` by the signature of `function`, call it, and exit with its status.
 
     Parameters without a default are positional, the others are options; the docstring is the help.
-    A :class:`UsageError`, a missing file or a wrong argument prints one line and exits with
-    status 2.
+    A :class:`UsageError`, a path that cannot be used or a wrong argument prints one line and exits
+    with status 2.
     """
     configure_logging()
     with one_line_errors():
@@ -57,8 +64,9 @@ class one_line_errors:
             _leave("interrupted", 130)
         if isinstance(error, UsageError):
             _leave(str(error), EXIT_USAGE)
-        if isinstance(error, FileNotFoundError) and error.filename is not None:
-            _leave(f"no such file or folder: {Path(os.fsdecode(error.filename))}", EXIT_USAGE)
+        for each, reason in _PATH_ERRORS.items():
+            if isinstance(error, each) and error.filename is not None:
+                _leave(f"{reason}: {Path(os.fsdecode(error.filename))}", EXIT_USAGE)
         return False
 
 

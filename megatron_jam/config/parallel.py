@@ -28,6 +28,14 @@ class ParallelConfig:
         if self.interleave > 1 and self.pipeline == 1:
             raise UsageError("parallel.interleave needs parallel.pipeline of at least 2")
 
+    def check_length(self, context_length: int) -> None:
+        """Raise UsageError if sequences of `context_length` tokens cannot be split."""
+        if self.sequence and context_length % self.tensor:
+            raise UsageError(
+                f"parallel.sequence needs a context_length that parallel.tensor {self.tensor}"
+                f" divides, not {context_length}"
+            )
+
     def data(self, world_size: int) -> int:
         """Data-parallel replicas among `world_size` ranks."""
         ranks = self.tensor * self.pipeline

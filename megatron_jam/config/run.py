@@ -123,6 +123,7 @@ class RunConfig:
         for name in ("validate_every", "checkpoint_every", "stop_at"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        self.parallel.check_length(self.context_length)
 
     def num_micro_batches(self, world_size: int) -> int:
         """Micro-batches of each rank in a step.

@@ -56,6 +56,7 @@ def measure_folder(
             f"context_length {context_length} is longer than max_positions"
             f" {folder.config.max_positions} of {path}"
         )
+    world.parallel.check_length(context_length)
     chunks = [JamModel(folder.config, world, chunk=i) for i in range(world.parallel.interleave)]
     load_weights(chunks, folder, world)
     step = ForwardBackward(chunks, world, folder.vocabulary)

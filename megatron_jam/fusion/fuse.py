@@ -66,6 +66,11 @@ def check_parents(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecip
             raise UsageError(f"{folder.path} has two towers already; a parent has one")
         check_tensors(folder)
     text.require_vocabulary(image.vocabulary, str(image.path))
+    # The vocabulary says which ids are text, but only the tokenizer what text they are.
+    if text.tokenizer_path.read_bytes() != image.tokenizer_path.read_bytes():
+        raise UsageError(
+            f"{text.tokenizer_path} and {image.tokenizer_path} differ; parents share one tokenizer"
+        )
     differing = [
         field.name
         for field in dataclasses.fields(ModelConfig)

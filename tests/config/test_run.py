@@ -100,6 +100,7 @@ def test_saved_settings_load_again(tmp_path: Path) -> None:
         ({"validate_every": -1}, "^validate_every is -1; it must be 0 or more$"),
         ({"parallel": {"pipeline": 0}}, "^parallel.pipeline is 0; it must be at least 1$"),
         ({"parallel": {"interleave": 2}}, "parallel.interleave needs parallel.pipeline"),
+        ({"context_length": 63}, "a context_length that parallel.tensor 2 divides, not 63"),
         ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate is -1.0"),
         ({"data": {"sets": []}}, "data.sets needs one or more sets"),
     ],

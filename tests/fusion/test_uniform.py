@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,19 @@ def test_another_vocabulary_is_refused(parents: tuple[Path, Path], tmp_path: Pat
     vocabulary.save(other / VOCABULARY)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UsageError, match=r"the vocabulary of .*other is not the one of .*llm"):
+        fuse(recipe(parents[0], other, tmp_path / "child"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_another_tokenizer_is_refused(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its vocabulary.json is the same: as many texts, pictures and sentinels, other merges."""
+    other = pico_folder(tmp_path / "other", CONFIG, dtype=torch.float32)
+    path = other / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["merges"].reverse()
+    path.write_text(json.dumps(tokenizer))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UsageError, match=r"other/tokenizer\.json differ; parents share one"):
         fuse(recipe(parents[0], other, tmp_path / "child"))
     assert sorted(tmp_path.iterdir()) == before
 

@@ -1,0 +1,45 @@
+"""A command's mistakes: one line on standard error and status 2, other errors untouched."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_jam.config.cli import one_line_errors
+from megatron_jam.config.errors import UsageError
+
+
+def leaves_with(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+    """Exit status and standard error of a command in which `error` is raised."""
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        raise error
+    return caught.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UsageError("steps is 0"), 2, "steps is 0"),
+        (FileNotFoundError(2, "No such file", "a/b.yaml"), 2, "no such file or folder: a/b.yaml"),
+        (IsADirectoryError(21, "Is", "a"), 2, "this is a folder where a file is needed: a"),
+        (NotADirectoryError(20, "Not", b"a"), 2, "this is a file where a folder is needed: a"),
+        (PermissionError(13, "Denied", Path("a/b")), 2, "no permission to use: a/b"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert leaves_with(error, capsys) == (status, f"error: {line}\n")
+
+
+def test_one_rank_of_a_machine_speaks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert leaves_with(UsageError("steps is 0"), capsys) == (2, "")
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError("no name"), OSError(28)])
+def test_bugs_keep_their_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)), one_line_errors():
+        raise error
