@@ -1,9 +1,9 @@
-"""Make Megatron-Core run on a CPU with gloo. The only file that patches anything.
+"""Make Megatron-Core run on a CPU with gloo, and resume without apex. The only file that patches.
 
 Megatron-Core asks `torch.cuda` for devices, streams and random states wherever it goes. Its modules
 reach all of it through their global name `torch`, so each of them is given a stand-in for that
 module whose CUDA is the CPU. Everybody else keeps the real torch: nothing global changes but the
-two tensor methods named below, and on a machine with a GPU none of this runs.
+two tensor methods named below, and on a machine with a GPU none of this runs but `provide_adam`.
 """
 
 import importlib
@@ -109,7 +109,6 @@ def prepare_megatron() -> None:
             module.torch = stand_in  # type: ignore[attr-defined]
     _patch_random_state()
     _patch_tensor_methods()
-    _patch_optimizer()
 
 
 def _import_modules(package: str) -> None:
@@ -145,13 +144,16 @@ def _patch_tensor_methods() -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
 
-def _patch_optimizer() -> None:
-    """Without apex Megatron takes torch's Adam, whose state it cannot load; give it ours."""
+def provide_adam() -> None:
+    """Without apex or Transformer Engine Megatron takes torch's Adam, whose state it cannot load,
+    on a GPU as well; give it ours."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
     from megatron_jam.parallel.adam import Adam
 
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
     optimizer.Adam = distrib_optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.parallel.cpu import prepare_megatron
+from megatron_jam.parallel.cpu import prepare_megatron, provide_adam
 from megatron_jam.parallel.device import communication_backend, select_device
 
 
@@ -89,6 +89,7 @@ def build_world(parallel: ParallelConfig, device: torch.device) -> World:
     """Build the process groups over a default group that is already there."""
     if device.type == "cpu":
         prepare_megatron()
+    provide_adam()
     parallel.data(dist.get_world_size())
     if parallel.sequence and parallel.tensor == 1:
         raise UsageError("parallel.sequence needs parallel.tensor of at least 2")
@@ -98,8 +99,8 @@ def build_world(parallel: ParallelConfig, device: torch.device) -> World:
         virtual_pipeline_model_parallel_size=(
             parallel.interleave if parallel.interleave > 1 else None
         ),
-        # On CPU the ordinary groups are gloo already.
-        create_gloo_process_groups=device.type == "cuda",
+        # A second set of groups for exchanges over the CPU, which nothing here makes.
+        create_gloo_process_groups=False,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return World(
