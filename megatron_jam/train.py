@@ -3,6 +3,8 @@
 Without torchrun it runs on one rank. A run that was interrupted goes on from its last checkpoint.
 """
 
+from collections.abc import Mapping
+
 from megatron_jam.config.cli import one_line_errors
 from megatron_jam.config.log import configure_logging
 
@@ -12,27 +14,30 @@ def main() -> None:
     # Imported here: saving a checkpoint spawns a process, which imports this file again.
     from megatron_jam.config.run import load_run_config
     from megatron_jam.evaluation.perplexity import measure_sets
+    from megatron_jam.models.jam import check_layout
     from megatron_jam.parallel.world import start_world, stop_world
     from megatron_jam.training.loop import Training
+    from megatron_jam.training.step import ForwardBackward, Losses
+    from megatron_jam.weights.folder import WeightsFolder
 
     configure_logging()
     with one_line_errors():
         config = load_run_config()
+        folder = WeightsFolder(config.weights)
+        check_layout(folder.config, config.parallel)
         world = start_world(config.parallel)
-        training: Training
 
-        def validate(step):  # type: ignore[no-untyped-def]
+        def validate(step: ForwardBackward) -> Mapping[str, Losses]:
             return measure_sets(
                 step,
                 config.validation,
-                training.folder.vocabulary,
+                folder,
                 world,
                 context_length=config.context_length,
                 micro_batch_size=config.micro_batch_size,
             )
 
-        training = Training(config, world, validate)
-        training.run()
+        Training(config, folder, world, validate).run()
         stop_world()
 
 

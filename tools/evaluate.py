@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.data import DataSetConfig
@@ -11,6 +12,7 @@ from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.evaluation.perplexity import measure_folder
+from megatron_jam.parallel.device import DTYPES
 from megatron_jam.parallel.world import start_world, stop_world
 
 
@@ -20,6 +22,7 @@ def main(
     *,
     context_length: int,
     micro_batch_size: int = 8,
+    precision: Literal["fp32", "bf16"] = "fp32",
     parallel: ParallelConfig = ParallelConfig(),
     output: Path | None = None,
 ) -> None:
@@ -30,6 +33,7 @@ def main(
         sets: prepared sets as `[{name: ..., path: PREFIX}, ...]`.
         context_length: tokens that are read at once.
         micro_batch_size: contexts computed at once.
+        precision: of weights and activations; losses are summed in fp32 and more.
         parallel: layout, under torchrun.
         output: JSON file of the results.
     """
@@ -39,7 +43,12 @@ def main(
     results = []
     for folder in weights:
         measured = measure_folder(
-            folder, sets, world, context_length=context_length, micro_batch_size=micro_batch_size
+            folder,
+            sets,
+            world,
+            context_length=context_length,
+            micro_batch_size=micro_batch_size,
+            dtype=DTYPES[precision],
         )
         for name, losses in measured.items():
             perplexity = {k: math.exp(min(v, 700)) for k, v in losses.by_modality().items()}

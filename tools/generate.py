@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.generation import SamplingConfig
 from megatron_jam.config.log import logger
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.generation.documents import Illustrator, write_documents
+from megatron_jam.parallel.device import DTYPES
 from megatron_jam.parallel.world import start_world, stop_world
 from megatron_jam.tokenizers.image import ImageTokenizer
 from megatron_jam.weights.folder import WeightsFolder
@@ -61,8 +60,7 @@ def main(
             raise UsageError(
                 f"{world.size} ranks were started: set parallel.tensor to {world.size}"
             )
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        illustrator = Illustrator(folder, images, world, dtype=dtype)
+        illustrator = Illustrator(folder, images, world, dtype=DTYPES[precision])
         documents = []
         for kind, prompts in asked.items():
             numbered = {"first_index": len(documents), "batch_size": batch_size}

@@ -39,7 +39,7 @@ def main(config: Path, tokenizer: Path, output: Path, *, seed: int = 0) -> None:
         output, config=model, source=tokenizer, shapes=shapes, dtype=torch.float32
     ) as writer:
         for entry in table:
-            writer.write(entry.name, initial_tensor(entry, model, seed=seed))
+            writer.write(entry.name, initial_tensor(entry, model, seed=seed, pad=vocabulary.pad))
         writer.finish({"made_by": "tools/init.py", "seed": seed})
     logger.info("wrote %s: %s parameters", output, f"{num_parameters(model):,}")
 

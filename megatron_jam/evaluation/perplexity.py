@@ -1,26 +1,28 @@
 """Perplexity of a model on prepared sets: no masking, no shuffling, every token once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from megatron_jam.config.data import DataSetConfig
 from megatron_jam.config.errors import UsageError
+from megatron_jam.data.indexed import read_info
 from megatron_jam.data.loader import collate, evaluation_samples
 from megatron_jam.data.sample import Sample
 from megatron_jam.models.jam import JamModel
 from megatron_jam.parallel.world import World
-from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.training.step import Batch, ForwardBackward, Losses
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import load_weights
+
+MICRO_BATCHES_OF_A_ROUND = 16
 
 
 def measure_sets(
     step: ForwardBackward,
     sets: Sequence[DataSetConfig],
-    vocabulary: JointVocabulary,
+    folder: WeightsFolder,
     world: World,
     *,
     context_length: int,
@@ -29,15 +31,32 @@ def measure_sets(
     """Losses of each set by name, the same under every layout; all ranks take part.
 
     A set is cut into consecutive contexts, each read without what stands before it.
+
+    Args:
+        step: the model.
+        sets: prepared sets.
+        folder: what the model was loaded from; its vocabulary and tokenizer made the sets.
+        world: the ranks.
+        context_length: tokens read at once.
+        micro_batch_size: contexts computed at once on each replica.
+
+    Raises:
+        UsageError: if a set is missing, too small, or made with another vocabulary or tokenizer.
     """
     measured = {}
     for each in sets:
-        samples = evaluation_samples(each.path, vocabulary, context_length=context_length)
+        folder.require_tokenizer(read_info(each.path).tokenizer_sha256, each.path)
+        samples = evaluation_samples(each.path, folder.vocabulary, context_length=context_length)
         if not len(samples):
             raise UsageError(f"{each.path} has less than two tokens: there is nothing to measure")
-        batches = _batches(samples, world, micro_batch_size)
         with torch.no_grad():
-            measured[each.name] = step(batches, forward_only=True)
+            rounds = [
+                step(batches, forward_only=True)
+                for batches in _rounds(samples, world, micro_batch_size)
+            ]
+        measured[each.name] = Losses(
+            sums=sum(each.sums for each in rounds), counts=sum(each.counts for each in rounds)
+        )
     return measured
 
 
@@ -48,6 +67,7 @@ def measure_folder(
     *,
     context_length: int,
     micro_batch_size: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Mapping[str, Losses]:
     """Losses of a weights folder on each set; all ranks take part."""
     folder = WeightsFolder(path)
@@ -57,33 +77,41 @@ def measure_folder(
             f" {folder.config.max_positions} of {path}"
         )
     world.parallel.check_length(context_length)
-    chunks = [JamModel(folder.config, world, chunk=i) for i in range(world.parallel.interleave)]
+    chunks = [
+        JamModel(folder.config, world, dtype=dtype, chunk=i)
+        for i in range(world.parallel.interleave)
+    ]
     load_weights(chunks, folder, world)
     step = ForwardBackward(chunks, world, folder.vocabulary)
     return measure_sets(
         step,
         sets,
-        folder.vocabulary,
+        folder,
         world,
         context_length=context_length,
         micro_batch_size=micro_batch_size,
     )
 
 
-def _batches(samples: Sequence[Sample], world: World, micro_batch_size: int) -> list[Batch]:
-    """This replica's micro-batches; the replicas get equally many, filled up with nothing."""
+def _rounds(
+    samples: Sequence[Sample], world: World, micro_batch_size: int
+) -> Iterator[list[Batch]]:
+    """This replica's micro-batches, a few at a time so that a large set need not fit in memory.
+
+    Each round has as many as there are stages, which the interleaved schedule wants; the replicas
+    get equally many, filled up with samples that do not count.
+    """
+    size = max(MICRO_BATCHES_OF_A_ROUND // world.pipeline.size, 1) * world.pipeline.size
     at_once = micro_batch_size * world.data.size
-    batches = []
-    for start in range(0, len(samples), at_once):
-        first = start + world.data.rank * micro_batch_size
-        numbers = range(first, first + micro_batch_size)
-        chosen = [samples[min(n, len(samples) - 1)] for n in numbers]
-        batch = collate(chosen)
-        for row, number in enumerate(numbers):
-            if number >= len(samples):
-                batch["loss_mask"][row] = 0
-        batches.append(batch)
-    # The interleaved schedule wants a multiple of the stages.
-    while len(batches) % world.pipeline.size:
-        batches.append({**batches[-1], "loss_mask": torch.zeros_like(batches[-1]["loss_mask"])})
-    return batches
+    count = -(-len(samples) // at_once)
+    for begin in range(0, count, size):
+        end = begin + -(-min(size, count - begin) // world.pipeline.size) * world.pipeline.size
+        starts = (n * at_once + world.data.rank * micro_batch_size for n in range(begin, end))
+        yield [_batch(samples, start, micro_batch_size) for start in starts]
+
+
+def _batch(samples: Sequence[Sample], start: int, size: int) -> Batch:
+    numbers = range(start, start + size)
+    batch = collate([samples[min(number, len(samples) - 1)] for number in numbers])
+    batch["loss_mask"][[number >= len(samples) for number in numbers]] = 0
+    return batch

@@ -1,6 +1,7 @@
 """From a recipe and two parents to a child, tensor by tensor."""
 
 import dataclasses
+from typing import Any
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.fusion import FusionRecipe
@@ -43,8 +44,8 @@ def fuse(recipe: FusionRecipe) -> ModelConfig:
                 "made_by": "tools/fuse.py",
                 "recipe": {name: str(value) for name, value in settings.items()},
                 "parents": {
-                    "text": {"folder": str(text.path), **text.provenance},
-                    "image": {"folder": str(image.path), **image.provenance},
+                    "text": _origin(text),
+                    "image": _origin(image),
                 },
             }
         )
@@ -55,6 +56,12 @@ def fuse(recipe: FusionRecipe) -> ModelConfig:
         f"{num_parameters(config):,}",
     )
     return config
+
+
+def _origin(parent: WeightsFolder) -> dict[str, Any]:
+    """Where a parent comes from, without what it has written down of its own parents' tensors."""
+    kept = {k: v for k, v in parent.provenance.items() if k not in ("sha256", "parents")}
+    return {"folder": str(parent.path), **kept}
 
 
 def check_parents(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe) -> None:

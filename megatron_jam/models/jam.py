@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.model import ModelConfig
+from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.models.layers import JointLayer, LayerNorm, engine_config
 from megatron_jam.models.loss import vocab_parallel_cross_entropy
 from megatron_jam.models.stages import stage_layers
@@ -48,7 +49,7 @@ class JamModel(MegatronModule):
             UsageError: if the layout does not fit the model; the message names the setting.
         """
         parallel = world.parallel
-        check_layout(model, world)
+        check_layout(model, parallel)
         super().__init__(config=joint_engine_config(model, world, dtype))
         self.model_type = ModelType.encoder_or_decoder
         self.model_config = model
@@ -243,9 +244,9 @@ def joint_engine_config(model: ModelConfig, world: World, dtype: torch.dtype) ->
     )
 
 
-def check_layout(model: ModelConfig, world: World) -> None:
+def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse a layout that the model cannot take, naming the setting."""
-    tensor = world.parallel.tensor
+    tensor = parallel.tensor
     for name, tower in model.towers.items():
         for setting, value in (("num_heads", tower.num_heads), ("ffn_size", tower.inner_size)):
             if value % tensor:

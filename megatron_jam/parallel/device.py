@@ -4,6 +4,9 @@ import os
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Parameters and activations of each precision that a setting can name."""
+
 
 def select_device() -> torch.device:
     """Return this process's CUDA device where there is one, else the CPU.

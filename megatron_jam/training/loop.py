@@ -9,9 +9,10 @@ import torch.distributed as dist
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.log import logger
 from megatron_jam.config.run import RunConfig
+from megatron_jam.data.indexed import read_info
 from megatron_jam.data.loader import build_dataset, collate, global_batch_indices
 from megatron_jam.models.jam import JamModel
-from megatron_jam.parallel.device import peak_memory_bytes
+from megatron_jam.parallel.device import DTYPES, peak_memory_bytes
 from megatron_jam.parallel.world import World
 from megatron_jam.training.checkpoint import Checkpoints
 from megatron_jam.training.metrics import Reporter
@@ -21,8 +22,6 @@ from megatron_jam.training.step import Batch, ForwardBackward, Losses, train_ste
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import export_weights, load_weights
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 Validate = Callable[[ForwardBackward], Mapping[str, Losses]]
 """Measures the validation sets with the live model; given by the entry point."""
 
@@ -30,15 +29,23 @@ Validate = Callable[[ForwardBackward], Mapping[str, Losses]]
 class Training:
     """A phase that begins from a weights folder or resumes its own run."""
 
-    def __init__(self, config: RunConfig, world: World, validate: Validate) -> None:
+    def __init__(
+        self, config: RunConfig, folder: WeightsFolder, world: World, validate: Validate
+    ) -> None:
         """Build model, optimizer and data.
+
+        Args:
+            config: the run.
+            folder: its weights, opened.
+            world: the ranks.
+            validate: measures the validation sets.
 
         Raises:
             UsageError: if settings, weights, vocabulary and data do not fit each other.
         """
         self.config, self.world = config, world
         self._validate = validate
-        self.folder = WeightsFolder(config.weights)
+        self.folder = folder
         model = self.folder.config
         if config.context_length > model.max_positions:
             raise UsageError(
@@ -47,9 +54,11 @@ class Training:
             )
         self._num_micro_batches = config.num_micro_batches(world.size)
         self._check_interleave()
+        for each in config.data.sets:
+            folder.require_tokenizer(read_info(each.path).tokenizer_sha256, each.path)
         self._dataset = build_dataset(
             config.data,
-            self.folder.vocabulary,
+            folder.vocabulary,
             context_length=config.context_length,
             seed=config.seed,
         )
@@ -63,16 +72,16 @@ class Training:
             )
             for chunk in range(config.parallel.interleave)
         ]
-        load_weights(self.chunks, self.folder, world)
+        load_weights(self.chunks, folder, world)
         wrapped = wrap_chunks(self.chunks, world)
         self._optimizer = build_optimizer(wrapped, config.optimizer)
-        self._step = ForwardBackward(wrapped, world, self.folder.vocabulary)
+        self._step = ForwardBackward(wrapped, world, folder.vocabulary)
         self._checkpoints = Checkpoints(
             config.output / "checkpoints",
             self.chunks,
             self._optimizer,
             world,
-            vocabulary_sha256=self.folder.vocabulary.sha256,
+            vocabulary_sha256=folder.vocabulary.sha256,
             keep=config.keep_checkpoints,
         )
         self._reporter = Reporter(

@@ -55,9 +55,11 @@ def state_bytes(chunks: Sequence[JamModel], world: World) -> int:
 def _check_equal(tensor: torch.Tensor, group: dist.ProcessGroup, what: str) -> None:
     if dist.get_world_size(group) == 1:
         return
-    bits = tensor.detach().contiguous().view(torch.uint8).to(torch.int64)
-    weights = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
-    local = torch.stack([bits.sum(), (bits.reshape(-1) * weights).sum()])
+    local = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for number, part in enumerate(tensor.detach().reshape(-1).split(1 << 22)):
+        bits = part.contiguous().view(torch.uint8).to(torch.int64)
+        weights = torch.arange(bits.numel(), device=bits.device) % 65521 + 1 + number
+        local += torch.stack([bits.sum(), (bits * weights).sum()])
     low, high = local.clone(), local.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
     dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)

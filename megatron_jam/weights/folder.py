@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.model import ModelConfig
+from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 
 CONFIG, VOCABULARY, TOKENIZER = "config.json", "vocabulary.json", "tokenizer.json"
@@ -95,6 +96,14 @@ class WeightsFolder:
         """Shape of a tensor, without reading it."""
         self.read(name, 0, 0, 0)
         return tuple(self._files[self._place[name]].get_slice(name).get_shape())
+
+    def require_tokenizer(self, sha256: str, whose: str) -> None:
+        """Raise UsageError unless `sha256` is of the text tokenizer that these weights know."""
+        if sha256 != TextTokenizer.load(self.tokenizer_path).sha256:
+            raise UsageError(
+                f"the text tokenizer of {whose} is not the one of {self.path}; prepare it with"
+                f" {self.tokenizer_path}"
+            )
 
     def require_vocabulary(self, vocabulary: JointVocabulary, whose: str) -> None:
         """Raise UsageError unless `vocabulary` is the one these weights were made with."""

@@ -9,16 +9,14 @@ from torch import Tensor
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.models.parameters import TOKENS, Parameter
 
-PAD_ROW = 1
-"""Row of `<pad>` in the token and position tables; it starts at zero (metaseq)."""
 
-
-def initial_tensor(parameter: Parameter, config: ModelConfig, *, seed: int) -> Tensor:
+def initial_tensor(parameter: Parameter, config: ModelConfig, *, seed: int, pad: int = 1) -> Tensor:
     """The start of one logical weight, float32 of its full shape.
 
     Linear weights and tokens: N(0, init_std) cut at 3 sigma; residual outputs 0; positions
     init_std / 30 (CM3leon). Bridges: q, k, v Xavier-uniform with gain 1/sqrt(2), outputs
     init_std / sqrt(2 L) or 0; projection N(0, 1/sqrt(d)) or [I/2, I/2] (the authors' code).
+    Row `pad` of the token table, and of the unused first rows of the positions, is zero.
     """
     shape = parameter.shape
     generator = torch.Generator().manual_seed(_seed(seed, parameter.name))
@@ -42,8 +40,10 @@ def initial_tensor(parameter: Parameter, config: ModelConfig, *, seed: int) -> T
             value = torch.zeros(shape)
         case "one":
             value = torch.ones(shape)
-    if parameter.name == TOKENS or parameter.start == "position":
-        value[PAD_ROW] = 0
+    if parameter.name == TOKENS:
+        value[pad] = 0
+    elif parameter.start == "position" and pad < config.position_offset:
+        value[pad] = 0  # metaseq counts positions from the row behind the padding's
     return value
 
 

@@ -16,7 +16,7 @@ from megatron_jam.tokenizers.document import caption_image_document
 from megatron_jam.training.step import ForwardBackward
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.reference import reference_logits
-from tests.helpers.pico import pico_config, pico_folder, pico_vocabulary
+from tests.helpers.pico import pico_config, pico_folder, pico_tokenizer, pico_vocabulary
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import build
 
@@ -53,7 +53,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[DataS
             root / name,
             documents(name),
             vocabulary=VOCABULARY,
-            tokenizer_sha256="pico",
+            tokenizer_sha256=pico_tokenizer().sha256,
             kind="pairs" if name == "pairs" else "text",
         )
         sets.append(DataSetConfig(name=name, path=str(root / name)))
@@ -83,7 +83,7 @@ def measure(
     folder = WeightsFolder(path)
     step = ForwardBackward(build(folder, world, torch.float64), world, folder.vocabulary)
     measured = measure_sets(
-        step, sets, folder.vocabulary, world, context_length=LENGTH, micro_batch_size=micro
+        step, sets, folder, world, context_length=LENGTH, micro_batch_size=micro
     )
     return {
         name: (x.sums.tolist(), [int(n) for n in x.counts], x.mean, x.by_modality())
@@ -136,7 +136,13 @@ def test_refusals(
     with pytest.raises(RuntimeError, match="UsageError: context_length 65 is longer than max_pos"):
         pool.run(measure_too_long, ParallelConfig(), path, sets, 65)
     one = [np.array([VOCABULARY.eos])]
-    write_set(tmp_path / "one", one, vocabulary=VOCABULARY, tokenizer_sha256="pico", kind="text")
+    write_set(
+        tmp_path / "one",
+        one,
+        vocabulary=VOCABULARY,
+        tokenizer_sha256=pico_tokenizer().sha256,
+        kind="text",
+    )
     short = [DataSetConfig(name="one", path=str(tmp_path / "one"))]
     with pytest.raises(RuntimeError, match="one has less than two tokens"):
         pool.run(measure_too_long, ParallelConfig(), path, short, 8)

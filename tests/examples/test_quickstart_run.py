@@ -1,4 +1,4 @@
-"""The quickstart's configurations parse, and its stages are skipped, resumed and repeated rightly."""
+"""The quickstart's configurations parse, and its stages are skipped or run anew rightly."""
 
 import importlib.util
 import sys

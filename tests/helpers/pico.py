@@ -18,6 +18,11 @@ def pico_vocabulary() -> JointVocabulary:
     return JointVocabulary.build(text_size=300, num_image_codes=16, num_sentinels=4)
 
 
+def pico_tokenizer() -> TextTokenizer:
+    """The text tokenizer of every pico folder."""
+    return TextTokenizer.train(TEXTS, vocab_size=300)
+
+
 def pico_config(kind: str = "cross", *, num_layers: int = 4, **tower: object) -> ModelConfig:
     """A tower ("tower") or a JAM-Cross ("cross") of width 32."""
     settings = {"num_layers": num_layers, "hidden_size": 32, "num_heads": 4, **tower}
@@ -47,7 +52,7 @@ def pico_folder(
     source = path.parent / "pico_tokenizer"
     if not source.exists():
         source.mkdir(parents=True)
-        TextTokenizer.train(TEXTS, vocab_size=300).save(source / TOKENIZER)
+        pico_tokenizer().save(source / TOKENIZER)
         pico_vocabulary().save(source / VOCABULARY)
     tensors = pico_tensors(config, seed=seed)
     shapes = {entry.name: entry.shape for entry in parameter_table(config)}

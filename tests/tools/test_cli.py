@@ -21,7 +21,7 @@ from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.weights.folder import VOCABULARY, WeightsFolder
 from megatron_jam.weights.initial import initial_tensor
 from megatron_jam.weights.reference import reference_logits
-from tests.helpers.pico import pico_config, pico_folder, pico_vocabulary
+from tests.helpers.pico import pico_config, pico_folder, pico_tokenizer, pico_vocabulary
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ["-m", "megatron_jam.train"]
@@ -40,7 +40,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [np.append(rng.integers(4, 300, size=9), 2) for _ in range(5)]
     for name, vocabulary in (("set", pico_vocabulary()), ("other", OTHER)):
         write_set(
-            root / name, documents, vocabulary=vocabulary, tokenizer_sha256="pico", kind="text"
+            root / name,
+            documents,
+            vocabulary=vocabulary,
+            tokenizer_sha256=pico_tokenizer().sha256,
+            kind="text",
         )
     return root
 

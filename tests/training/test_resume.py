@@ -1,6 +1,7 @@
 """A stopped and resumed run is the undisturbed one; state moves between layouts."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.config.run import OptimizerConfig, RunConfig
 from megatron_jam.data.indexed import write_set
 from megatron_jam.evaluation.perplexity import measure_sets
+from megatron_jam.models.parameters import parameter_table
 from megatron_jam.models.sharding import holders, unpack
 from megatron_jam.parallel.world import World
 from megatron_jam.training.checkpoint import complete_checkpoints
 from megatron_jam.training.loop import Training
+from megatron_jam.training.step import ForwardBackward, Losses
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import gather_whole
-from tests.helpers.pico import pico_config, pico_folder, pico_vocabulary
+from tests.helpers.pico import pico_config, pico_folder, pico_tokenizer, pico_vocabulary
 from tests.helpers.pool import WorkerPool
 
 LAYOUTS = {
@@ -40,11 +43,14 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     vocabulary = pico_vocabulary()
     rng = np.random.default_rng(0)
     documents = [
-        np.append(rng.integers(4, 300, size=rng.integers(5, 40)), vocabulary.eos)
-        for _ in range(50)
+        np.append(rng.integers(4, 300, size=rng.integers(5, 40)), vocabulary.eos) for _ in range(50)
     ]
     write_set(
-        root / "set", documents, vocabulary=vocabulary, tokenizer_sha256="pico", kind="text"
+        root / "set",
+        documents,
+        vocabulary=vocabulary,
+        tokenizer_sha256=pico_tokenizer().sha256,
+        kind="text",
     )
     return weights, root / "set"
 
@@ -70,15 +76,14 @@ def settings(material: tuple[Path, Path], output: Path, parallel: ParallelConfig
 def run_training(world: World, values: dict[str, Any]) -> dict[str, torch.Tensor] | None:
     """Run; return the optimizer's moments as whole logical tensors on rank 0."""
     config = RunConfig(**values)
-    training: Training
+    folder = WeightsFolder(config.weights)
 
-    def validate(step):  # type: ignore[no-untyped-def]
-        vocabulary = training.folder.vocabulary
+    def validate(step: ForwardBackward) -> Mapping[str, Losses]:
         return measure_sets(
-            step, config.validation, vocabulary, world, context_length=32, micro_batch_size=2
+            step, config.validation, folder, world, context_length=32, micro_batch_size=2
         )
 
-    training = Training(config, world, validate)
+    training = Training(config, folder, world, validate)
     training.run()
     return moments(training, world)
 
@@ -96,8 +101,6 @@ def moments(training: Training, world: World) -> dict[str, torch.Tensor] | None:
             shard = optimizer.optimizer.param_groups[group]["params"][index]
             state = optimizer.optimizer.state[shard][kind].view(holder.parameter.shape)
             local.update(unpack(state, holder.parts))
-        from megatron_jam.models.parameters import parameter_table
-
         table = parameter_table(training.folder.config)
         for name, whole in gather_whole(table, local, world, torch.float32):
             if whole is not None:
