@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all; YAML files of settings."""
+"""Files and folders that appear whole or not at all; YAML files of settings."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,42 @@ def publish(temporary: Path, path: Path) -> None:
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)
+
+
+def check_replaceable(path: Path, marker: str) -> None:
+    """Raise :class:`UsageError` unless a folder can be written to `path`; call before work starts.
+
+    What may stand there is an empty folder, or an older one of the kind that holds file `marker`.
+    """
+    if path.name in ("", ".."):
+        raise UsageError(f"{path} cannot be written as a whole: give the folder a name of its own")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UsageError(f"{path} is a link or a file: name the folder itself")
+    if path.exists() and not (path / marker).is_file() and any(path.iterdir()):
+        raise UsageError(
+            f"{path} is not replaced, as it has files but no {marker}: name another folder"
+        )
+
+
+def replace_folder(new: Path, path: Path, *, marker: str) -> None:
+    """Move the finished folder `new`, beside `path`, to `path`: on disk first.
+
+    A crash between the two renames leaves the older folder as .NAME.old, and `new`.
+
+    Raises:
+        UsageError: what stands at `path` is another kind of folder (:func:`check_replaceable`).
+    """
+    check_replaceable(path, marker)
+    assert (new / marker).is_file(), f"{new} has no {marker}"
+    for each in (*new.rglob("*"), new):
+        _sync(each)
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
