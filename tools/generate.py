@@ -76,7 +76,11 @@ def _lines(file: str | None) -> list[str]:
     """The lines of a text file that are not blank; none without a file."""
     if file is None:
         return []
-    return [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is no text in utf-8 ({error}): convert it") from error
+    return [line for line in text.splitlines() if line.strip()]
 
 
 if __name__ == "__main__":

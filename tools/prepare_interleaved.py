@@ -27,12 +27,13 @@ def main(
         batch_size: pictures encoded at a time.
     """
     tokenizer, vocabulary = load_text_folder(text_tokenizer)
+    images = ImageTokenizer.load(image_tokenizer).to(select_device())
     documents = question_answer_documents(
         questions,
         pictures,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
-        image_tokenizer=ImageTokenizer.load(image_tokenizer).to(select_device()),
+        image_tokenizer=images,
         batch_size=batch_size,
     )
     write_set(
@@ -40,6 +41,7 @@ def main(
         documents,
         vocabulary=vocabulary,
         tokenizer_sha256=tokenizer.sha256,
+        image_tokenizer_sha256=images.sha256,
         kind="interleaved",
     )
 

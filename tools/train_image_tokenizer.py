@@ -1,7 +1,6 @@
 """Train an image tokenizer on the pictures of a WebDataset .tar and show what it keeps of them."""
 
 import dataclasses
-import io
 import json
 import time
 from pathlib import Path
@@ -14,13 +13,13 @@ from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import publish, temporary_name, write_text_atomically
 from megatron_jam.config.log import logger
-from megatron_jam.data.prepare import IMAGE_EXTENSIONS, read_tar
+from megatron_jam.data.prepare import read_tar, record_pixels
 from megatron_jam.parallel.device import select_device
 from megatron_jam.tokenizers.image import (
     ImageTokenizer,
     ImageTokenizerConfig,
+    check_output,
     image_from_pixels,
-    pixels_from_image,
 )
 from megatron_jam.training.image_tokenizer import train_image_tokenizer
 
@@ -69,6 +68,10 @@ def main(
         num_codes=num_codes,
         code_dim=code_dim,
     )
+    if seed < 0:
+        raise UsageError(f"seed must be at least 0, not {seed}")
+    folder = Path(output)
+    check_output(folder)
     sets = {"training": read_pictures(source, image_size)}
     if validation is not None:
         sets["validation"] = read_pictures(validation, image_size)
@@ -79,7 +82,6 @@ def main(
         sets["training"], config, **settings, seed=seed, device=device
     )
     seconds = round(time.perf_counter() - start, 1)
-    folder = Path(output)
     model.save(folder)
     records = [dataclasses.asdict(record) for record in history]
     write_text_atomically(folder / "history.json", json.dumps(records, indent=1) + "\n")
@@ -103,16 +105,7 @@ def show(model: ImageTokenizer, sets: dict[str, Tensor], path: Path) -> dict[str
 
 def read_pictures(path: str, size: int) -> Tensor:
     """Pixels float32 [N, 3, size, size] of the pictures of a .tar."""
-    pictures = []
-    for record in read_tar(path):
-        data = next((record.fields[e] for e in IMAGE_EXTENSIONS if e in record.fields), None)
-        if data is None:
-            raise UsageError(f"{record.where} has no picture ({', '.join(IMAGE_EXTENSIONS)})")
-        try:
-            pictures.append(pixels_from_image(Image.open(io.BytesIO(data)), size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UsageError(f"{record.where}: the picture cannot be read ({error})") from error
-    return torch.stack(pictures)
+    return torch.stack([record_pixels(record, size) for record in read_tar(path)])
 
 
 def encode(model: ImageTokenizer, pixels: Tensor) -> Tensor:

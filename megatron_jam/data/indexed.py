@@ -38,6 +38,9 @@ class SetInfo:
     tokenizer_sha256: str
     """`TextTokenizer.sha256` of the texts."""
 
+    image_tokenizer_sha256: str
+    """`ImageTokenizer.sha256` of the picture codes; empty without pictures."""
+
     kind: Kind
     """text: texts; pairs: captions with images; interleaved: questions and answers."""
 
@@ -95,12 +98,14 @@ def write_set(
     vocabulary: JointVocabulary,
     tokenizer_sha256: str,
     kind: Kind,
+    image_tokenizer_sha256: str = "",
 ) -> SetInfo:
     """Write `documents`, joint ids [n] each, as the set PREFIX, replacing an older one.
 
     Raises:
         UsageError: there is no document.
-        ValueError: a document is empty or has an id outside the vocabulary.
+        ValueError: a document is empty or has an id outside the vocabulary, or there are picture
+            codes without an `image_tokenizer_sha256`.
     """
     final = {name: Path(f"{prefix}.{name}") for name in ("bin", "idx", "json")}
     final["bin"].parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +124,8 @@ def write_set(
             num_documents += 1
         if not num_documents:
             raise UsageError(f"{prefix}: there is no document to write")
+        if counts[IMAGE] and not image_tokenizer_sha256:
+            raise ValueError(f"{prefix} has pictures: say of which image tokenizer")
         builder.finalize(str(temporary["idx"]))
         final["json"].unlink(missing_ok=True)  # from here to the end the set is not whole
         publish(temporary["bin"], final["bin"])
@@ -132,6 +139,7 @@ def write_set(
     info = SetInfo(
         vocabulary_sha256=vocabulary.sha256,
         tokenizer_sha256=tokenizer_sha256,
+        image_tokenizer_sha256=image_tokenizer_sha256,
         kind=kind,
         num_documents=num_documents,
         num_tokens=text + image + special,
@@ -194,7 +202,9 @@ def read_info(prefix: Path | str) -> SetInfo:
     try:
         info = SetInfo(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} does not describe a prepared set: {error}") from error
+        raise UsageError(
+            f"{path} does not describe a prepared set ({error}): prepare the set again"
+        ) from error
     if info.kind not in get_args(Kind):
         raise UsageError(f"{path}: kind {info.kind!r} is not one of {get_args(Kind)}")
     return info

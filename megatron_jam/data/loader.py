@@ -10,7 +10,7 @@ from megatron_jam.config.data import DataConfig, DataSetConfig
 from megatron_jam.config.errors import UsageError
 from megatron_jam.data.blend import Blend
 from megatron_jam.data.cm3 import Cm3Dataset
-from megatron_jam.data.indexed import IndexedSet, open_set
+from megatron_jam.data.indexed import IndexedSet, open_set, read_info
 from megatron_jam.data.instruction import AnswerDataset
 from megatron_jam.data.packing import DocumentPacking, StreamPacking
 from megatron_jam.data.sample import CausalDataset, Dataset, Packing, Sample, sample_from_block
@@ -26,13 +26,35 @@ def build_dataset(
     """The blend that `config` describes: samples of `context_length` tokens.
 
     Raises:
-        UsageError: a set is missing, damaged or of another vocabulary, or no document fits.
+        UsageError: a set is missing, damaged or of another vocabulary, no document fits, or the
+            sets' pictures are of different image tokenizers.
     """
+    image_tokenizer_of(config)
     datasets = [
         _build_set(each, config, vocabulary, context_length=context_length, seed=seed)
         for each in config.sets
     ]
     return Blend(datasets, [each.weight for each in config.sets])
+
+
+def image_tokenizer_of(config: DataConfig) -> str:
+    """`ImageTokenizer.sha256` of all pictures in the sets; empty if no set has any.
+
+    Raises:
+        UsageError: two sets, which are named, are of different image tokenizers, whose codes of
+            one number are different pictures; or a set is missing or damaged.
+    """
+    first, known = "", ""
+    for each in config.sets:
+        sha256 = read_info(each.path).image_tokenizer_sha256
+        if sha256 and known and sha256 != known:
+            raise UsageError(
+                f"data.sets: the pictures of {first} and {each.path} were made with different image"
+                f" tokenizers ({known[:12]}, {sha256[:12]}): prepare both with one"
+            )
+        if sha256:
+            first, known = each.path, sha256
+    return known
 
 
 def _build_set(

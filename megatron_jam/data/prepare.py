@@ -192,12 +192,19 @@ def _with_codes(
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
     device = next(image_tokenizer.parameters()).device
     for batch in _batches(records, batch_size):
-        pixels = torch.stack([_pixels(record, image_tokenizer.image_size) for record in batch])
+        pixels = torch.stack(
+            [record_pixels(record, image_tokenizer.image_size) for record in batch]
+        )
         codes = image_tokenizer.encode(pixels.to(device)).cpu().numpy()
         yield from zip(batch, codes, strict=True)
 
 
-def _pixels(record: Record, size: int) -> torch.Tensor:
+def record_pixels(record: Record, size: int) -> torch.Tensor:
+    """Pixels float32 [3, size, size] in [-1, 1] of the picture of a .tar's record.
+
+    Raises:
+        UsageError: it has none, or none that can be read.
+    """
     data = next((record.fields[e] for e in IMAGE_EXTENSIONS if e in record.fields), None)
     if data is None:
         raise UsageError(f"{record.where} has no picture ({', '.join(IMAGE_EXTENSIONS)})")

@@ -7,6 +7,7 @@ falls out of use by its length (ViT-VQGAN, arXiv 2110.04627, section 3.2).
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import publish, temporary_name, write_text_atomically
+from megatron_jam.config.files import check_replaceable, replace_folder, temporary_name
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -114,6 +115,16 @@ class ImageTokenizer(nn.Module):
         """Height and width of a picture, in pixels."""
         return self.config.image_size
 
+    @property
+    def sha256(self) -> str:
+        """Of configuration and tensors: equal for tokenizers that give equal codes, wherever they
+        are and however often they were saved."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config)).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes int64 [B, tokens_per_image] of `pixels` float32 [B, 3, H, W] in [-1, 1].
@@ -162,23 +173,18 @@ class ImageTokenizer(nn.Module):
         """Write config.json and model.safetensors; `folder` appears whole or not at all.
 
         Raises:
-            UsageError: `folder` exists and is not an image tokenizer's, so is not replaced.
+            UsageError: `folder` is in use for something else (:func:`check_output`).
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / WEIGHTS_FILE).is_file():
-            raise UsageError(f"{folder} exists and is no image tokenizer: name another folder")
-        temporary, old = temporary_name(folder), folder.with_name(f".{folder.name}.old")
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        check_output(folder)
+        new = temporary_name(folder)
+        shutil.rmtree(new, ignore_errors=True)  # a killed run's
+        new.mkdir(parents=True)
         config = json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
-        write_text_atomically(temporary / CONFIG_FILE, config)
+        (new / CONFIG_FILE).write_text(config, encoding="utf-8")
         tensors = {name: t.cpu().contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, temporary_name(temporary / WEIGHTS_FILE))
-        publish(temporary_name(temporary / WEIGHTS_FILE), temporary / WEIGHTS_FILE)
-        if folder.exists():
-            folder.rename(old)
-        publish(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        save_file(tensors, new / WEIGHTS_FILE)
+        replace_folder(new, folder, marker=WEIGHTS_FILE)
 
     @classmethod
     def load(cls, folder: Path | str) -> "ImageTokenizer":
@@ -194,11 +200,7 @@ class ImageTokenizer(nn.Module):
                     f"{folder} is no image tokenizer, it has no {name}: "
                     f"make one with tools/train_image_tokenizer.py"
                 )
-        try:
-            settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            tokenizer = cls(ImageTokenizerConfig(**settings))
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{folder / CONFIG_FILE} is no image tokenizer's: {error}") from error
+        tokenizer = cls(_read_config(folder))
         try:
             tokenizer.load_state_dict(load_file(folder / WEIGHTS_FILE))
         except (SafetensorError, RuntimeError) as error:
@@ -220,6 +222,22 @@ class ImageTokenizer(nn.Module):
             if isinstance(module, _ResidualBlock):
                 module.project.weight.zero_()  # a fresh block is the identity
         self.codebook.copy_(F.normalize(torch.randn(self.codebook.shape, generator=generator)))
+
+
+def check_output(folder: Path) -> None:
+    """Raise :class:`UsageError` unless an image tokenizer can be saved to `folder`: call before
+    training. What may stand there is another image tokenizer."""
+    check_replaceable(folder, WEIGHTS_FILE)
+    if (folder / WEIGHTS_FILE).is_file():  # a model of another library may have such a file
+        _read_config(folder)
+
+
+def _read_config(folder: Path) -> ImageTokenizerConfig:
+    path = folder / CONFIG_FILE
+    try:
+        return ImageTokenizerConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path} is no image tokenizer's: {error}") from error
 
 
 class _ChannelNorm(nn.Module):

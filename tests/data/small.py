@@ -42,6 +42,13 @@ def question_documents(num_documents, seed=0):
     ]
 
 
-def make_set(prefix, documents, kind="text") -> IndexedSet:
-    write_set(prefix, documents, vocabulary=VOCABULARY, tokenizer_sha256="0" * 64, kind=kind)
+def make_set(prefix, documents, kind="text", image_tokenizer="1" * 64) -> IndexedSet:
+    write_set(
+        prefix,
+        documents,
+        vocabulary=VOCABULARY,
+        tokenizer_sha256="0" * 64,
+        image_tokenizer_sha256="" if kind == "text" else image_tokenizer,
+        kind=kind,
+    )
     return open_set(prefix, VOCABULARY)

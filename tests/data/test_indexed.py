@@ -59,6 +59,7 @@ def test_description(prefix):
     assert json.loads((prefix.parent / "pairs.v1.json").read_text()) == {
         "vocabulary_sha256": VOCABULARY.sha256,
         "tokenizer_sha256": "0" * 64,
+        "image_tokenizer_sha256": "1" * 64,
         "kind": "pairs",
         "num_documents": 20,
         "num_tokens": num_text + 20 * 9,
@@ -108,6 +109,22 @@ def test_refuses_wrong_documents(prefix, document):
     with pytest.raises(ValueError, match=r"document 1 is empty or leaves 0\.\.131"):
         make_set(prefix, [np.array([5, E]), np.array(document, dtype=np.int64)])
     assert not list(prefix.parent.iterdir())
+
+
+def test_refuses_pictures_of_nobody(prefix):
+    with pytest.raises(ValueError, match="has pictures: say of which image tokenizer"):
+        make_set(prefix, pair_documents(2), kind="pairs", image_tokenizer="")
+    assert not list(prefix.parent.iterdir())
+
+
+def test_an_older_description_is_to_be_made_again(prefix):
+    make_set(prefix, text_documents(5))
+    path = prefix.parent / "pairs.v1.json"
+    fields = json.loads(path.read_text())
+    del fields["image_tokenizer_sha256"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UsageError, match=r"'image_tokenizer_sha256'.*: prepare the set again"):
+        open_set(prefix, VOCABULARY)
 
 
 def test_refuses_to_write_nothing(prefix):

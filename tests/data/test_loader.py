@@ -11,6 +11,7 @@ from megatron_jam.data.loader import (
     collate,
     evaluation_samples,
     global_batch_indices,
+    image_tokenizer_of,
 )
 from megatron_jam.tokenizers.document import answer_mask
 from megatron_jam.tokenizers.vocabulary import IMAGE
@@ -136,6 +137,17 @@ def test_refuses_a_set_of_another_vocabulary(sets):
     other = dataclasses.replace(VOCABULARY, bos=3, unk=0)
     with pytest.raises(UsageError, match="another vocabulary"):
         build_dataset(DataConfig(sets=[sets["text"]]), other, context_length=N, seed=0)
+
+
+def test_refuses_pictures_of_two_image_tokenizers(sets, tmp_path):
+    """Equal codes would be different pictures, and nothing else would tell."""
+    assert image_tokenizer_of(DataConfig(sets=[sets["text"]])) == ""
+    assert image_tokenizer_of(DataConfig(sets=list(sets.values()))) == "1" * 64
+    make_set(tmp_path / "new", pair_documents(9), kind="pairs", image_tokenizer="2" * 64)
+    new = DataSetConfig(name="new", path=str(tmp_path / "new"))
+    assert image_tokenizer_of(DataConfig(sets=[sets["text"], new])) == "2" * 64
+    with pytest.raises(UsageError, match=r"/pairs and .*/new were made with different .*1, 2"):
+        build(DataConfig(sets=[sets["text"], sets["pairs"], new]))
 
 
 def global_batch(step, ranks, micro_batch_size):

@@ -54,6 +54,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[DataS
             documents(name),
             vocabulary=VOCABULARY,
             tokenizer_sha256=pico_tokenizer().sha256,
+            image_tokenizer_sha256="1" * 64 if name == "pairs" else "",
             kind="pairs" if name == "pairs" else "text",
         )
         sets.append(DataSetConfig(name=name, path=str(root / name)))

@@ -122,9 +122,24 @@ def test_save_and_load(tokenizer: ImageTokenizer, pixels: torch.Tensor, tmp_path
 
 def test_save_replaces_no_other_folder(tokenizer: ImageTokenizer, tmp_path) -> None:
     (tmp_path / "letters.txt").write_text("dear")
-    with pytest.raises(UsageError, match="no image tokenizer"):
+    with pytest.raises(UsageError, match=r"not replaced, as it has files but no model.safetensors"):
+        tokenizer.save(tmp_path)
+    (tmp_path / "model.safetensors").write_text("of another library")
+    (tmp_path / "config.json").write_text('{"architectures": []}')
+    with pytest.raises(UsageError, match="is no image tokenizer's"):
         tokenizer.save(tmp_path)
     assert (tmp_path / "letters.txt").read_text() == "dear"
+
+
+def test_sha256_is_of_what_makes_the_codes(tokenizer: ImageTokenizer, tmp_path) -> None:
+    tokenizer.save(tmp_path / "tokenizer")
+    assert ImageTokenizer.load(tmp_path / "tokenizer").sha256 == tokenizer.sha256
+    assert ImageTokenizer(CONFIG, seed=3).sha256 == tokenizer.sha256
+    strided = ImageTokenizer(CONFIG, seed=3).to(memory_format=torch.contiguous_format)
+    assert strided.sha256 == tokenizer.sha256
+    others = [ImageTokenizer(CONFIG, seed=4), ImageTokenizer(CONFIG, seed=3)]
+    others[1].codebook[0, 0] += 1e-6
+    assert len({tokenizer.sha256, *(each.sha256 for each in others)}) == 3
 
 
 def test_load_names_what_is_wrong(tokenizer: ImageTokenizer, tmp_path) -> None:

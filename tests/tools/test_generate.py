@@ -1,6 +1,7 @@
 """tools/generate.py from a weights folder to a page."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from megatron_jam.config.errors import UsageError
 from megatron_jam.config.generation import SamplingConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from megatron_jam.weights.folder import PROVENANCE
 from tests.generation.scenes import talkative_folder
 from tools.generate import main
 
@@ -25,11 +27,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(talkative_folder(root / "weights", "cross")), str(root / "images")
 
 
-def image_tokenizer(*, size: int = 8, num_codes: int = 16) -> ImageTokenizer:
+def image_tokenizer(*, size: int = 8, num_codes: int = 16, seed: int = 0) -> ImageTokenizer:
     config = ImageTokenizerConfig(
         image_size=size, patch_size=4, channels=(4,), num_codes=num_codes, code_dim=4
     )
-    return ImageTokenizer(config)
+    return ImageTokenizer(config, seed=seed)
 
 
 def test_questions_and_captions_become_a_page(inputs: tuple[str, str], tmp_path: Path) -> None:
@@ -91,3 +93,27 @@ def test_wrong_input_is_named(inputs: tuple[str, str], tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             main(*paths, str(tmp_path / "out"), **{"questions": ["What?"], **changes})
         assert not (tmp_path / "out").exists()
+
+
+def test_only_the_image_tokenizer_of_the_training_draws(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    weights, images = tmp_path / "weights", inputs[1]
+    shutil.copytree(inputs[0], weights)
+    provenance = json.loads((weights / PROVENANCE).read_text())
+    options = {"captions": ["a fox"], "sampling": SAMPLING}
+    for trained_with in ("", ImageTokenizer.load(images).sha256):
+        fields = {**provenance, "image_tokenizer_sha256": trained_with}
+        (weights / PROVENANCE).write_text(json.dumps(fields))
+        main(str(weights), images, str(tmp_path / "out"), **options)
+    image_tokenizer(seed=1).save(tmp_path / "again")
+    with pytest.raises(UsageError, match=r"is not the one .* that .*weights was trained on"):
+        main(str(weights), str(tmp_path / "again"), str(tmp_path / "out"), **options)
+
+
+def test_a_file_of_prompts_that_is_no_text_is_named(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"latin\.txt is no text in utf-8"):
+        main(*inputs, str(tmp_path / "out"), captions_file=str(tmp_path / "latin.txt"))

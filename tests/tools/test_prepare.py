@@ -120,6 +120,7 @@ def test_prepare_text(world):
     run_tool("prepare_text", world / "text.jsonl", world / "text_tokenizer", world / "sets/text")
     info, documents, tokenizer, vocabulary = opened(world, "text")
     assert (info.kind, info.tokenizer_sha256) == ("text", tokenizer.sha256)
+    assert info.image_tokenizer_sha256 == ""
     assert [each.tolist() for each in documents] == [
         [*tokenizer.encode(text.rstrip()), vocabulary.eos] for text in TEXTS
     ]
@@ -134,6 +135,7 @@ def test_prepare_images(world, batch_size):
     )
     info, documents, tokenizer, vocabulary = opened(world, "pairs")
     assert info.kind == "pairs"
+    assert info.image_tokenizer_sha256 == ImageTokenizer.load(world / "image").sha256
     assert info.tokens_by_modality["image"] == 3 * 16
     assert info.tokens_by_modality["special"] == 3 * 3
     for key, document in zip(CAPTIONS, documents, strict=True):
@@ -151,6 +153,7 @@ def test_prepare_interleaved(world):
     )
     info, documents, tokenizer, vocabulary = opened(world, "questions")
     assert info.kind == "interleaved"
+    assert info.image_tokenizer_sha256 == ImageTokenizer.load(world / "image").sha256
     assert shown(vocabulary, tokenizer, documents[0]) == [
         ("text", "what is a lemon?"),
         ("text", "a sour fruit,\nlike this:"),

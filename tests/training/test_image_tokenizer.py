@@ -130,6 +130,9 @@ def test_tool(tmp_path: Path) -> None:
             "error: image_size 60 is not a multiple of 8, the downsampling that patch_size and "
             "channels make",
         ),
+        (["--seed", "-1"], "error: seed must be at least 0, not -1"),
+        (["--image_size", "0"], "error: image_size must be at least 1, not 0"),
+        (["--channels", "[]"], "error: channels must be one or more positive numbers, not ()"),
     ],
 )
 def test_tool_ends_with_one_line_on_a_mistake(
@@ -153,3 +156,12 @@ def test_tool_names_a_record_without_a_picture(
         assert caught.value.code == 2
         assert f"{name}.tar: record 'sun'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_tool_trains_for_no_folder_that_it_cannot_replace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "letters.txt").write_text("dear")
+    with pytest.raises(SystemExit):
+        run_tool(tmp_path / "pairs.tar", tmp_path)  # before the pictures are missed
+    assert "no model.safetensors: name another folder" in capsys.readouterr().err
