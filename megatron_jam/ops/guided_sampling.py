@@ -1,9 +1,17 @@
 """Guidance, temperature and top-p in one draw per row: the public face of the compiled operator."""
 
+import functools
+
 import torch
 from torch import Tensor
 
+from megatron_jam.config.log import logger
 from megatron_jam.ops import extension  # noqa: F401  (registers the operator)
+
+# Not so where the extension was compiled without nvcc, against a torch that has CUDA.
+_HAS_CUDA_KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key(
+    "megatron_jam::guided_sample", "CUDA"
+)
 
 
 def guided_sample(
@@ -56,7 +64,7 @@ def guided_sample(
             f"guided_sample: {len(cond)} rows would share one random number; "
             "give an offset to each row"
         )
-    return torch.ops.megatron_jam.guided_sample(
+    arguments = (
         cond,
         uncond,
         _per_row(guidance_scale, cond, torch.float64),
@@ -66,6 +74,21 @@ def guided_sample(
         _per_row(seed, cond, torch.int64),
         _per_row(offset, cond, torch.int64),
     )
+    if cond.is_cuda and not _HAS_CUDA_KERNEL:
+        return _on_cpu(*arguments).to(cond.device)
+    return torch.ops.megatron_jam.guided_sample(*arguments)
+
+
+def _on_cpu(*arguments: Tensor | None) -> Tensor:
+    """The same draws by the CPU's kernel."""
+    _say_once("the extension was built without CUDA: tokens are drawn on the CPU")
+    copies = (each if each is None else each.cpu() for each in arguments)
+    return torch.ops.megatron_jam.guided_sample(*copies)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.info(message)
 
 
 def _per_row(value: float | Tensor, cond: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 
 import megatron_jam
-from megatron_jam.ops import extension
+from megatron_jam.ops import extension, guided_sampling
 from megatron_jam.ops.guided_sampling import guided_sample
 from megatron_jam.ops.reference import guided_logits, guided_sample_row, sampling_weights
 
@@ -299,6 +299,19 @@ def test_a_missing_extension_says_what_to_do(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron_jam._C", None)
     with pytest.raises(ImportError, match="run `make setup`"):
         importlib.reload(extension)
+
+
+def test_a_gpu_without_a_kernel_gets_the_tokens_of_the_cpu(monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(guided_sampling.logger, "info", said.append)
+    guided_sampling._say_once.cache_clear()
+    rows = [torch.full((4,), x, dtype=torch.float64) for x in (1.0, 1.0, 0.9)]
+    draws = torch.full((4,), 3), torch.arange(4)
+    cond = random_logits(4, 100, seed=20)
+    expected = guided_sample(cond, top_p=0.9, seed=3, offset=draws[1])
+    for _ in range(2):
+        assert torch.equal(guided_sampling._on_cpu(cond, None, *rows, None, *draws), expected)
+    assert said == ["the extension was built without CUDA: tokens are drawn on the CPU"]
 
 
 @pytest.mark.gpu
