@@ -35,9 +35,13 @@ class Streams:
             capacity=min(rules.max_positions, longest),
             device=world.device,
         )
-        self._prefill([row.tokens[:-1] for row in rows], first_row=0)
-        if guided:
-            self._prefill([row.unconditional for row in rows], first_row=len(rows))
+        try:
+            self._prefill([row.tokens[:-1] for row in rows], first_row=0)
+            if guided:
+                self._prefill([row.unconditional for row in rows], first_row=len(rows))
+        except BaseException:
+            self.cache.detach()  # nobody else can: there will be no Streams
+            raise
 
     def _prefill(self, streams: list[list[int]], *, first_row: int) -> None:
         """Fill the cache, padded on the right: no token sees what is behind it."""
