@@ -64,7 +64,7 @@ def guided_sample(
             f"guided_sample: {len(cond)} rows would share one random number; "
             "give an offset to each row"
         )
-    arguments = (
+    return _draw(
         cond,
         uncond,
         _per_row(guidance_scale, cond, torch.float64),
@@ -74,16 +74,19 @@ def guided_sample(
         _per_row(seed, cond, torch.int64),
         _per_row(offset, cond, torch.int64),
     )
+
+
+def _draw(cond: Tensor, *others: Tensor | None) -> Tensor:
     if cond.is_cuda and not _HAS_CUDA_KERNEL:
-        return _on_cpu(*arguments).to(cond.device)
-    return torch.ops.megatron_jam.guided_sample(*arguments)
+        return _on_cpu(cond, *others)
+    return torch.ops.megatron_jam.guided_sample(cond, *others)
 
 
-def _on_cpu(*arguments: Tensor | None) -> Tensor:
+def _on_cpu(cond: Tensor, *others: Tensor | None) -> Tensor:
     """The same draws by the CPU's kernel."""
     _say_once("the extension was built without CUDA: tokens are drawn on the CPU")
-    copies = (each if each is None else each.cpu() for each in arguments)
-    return torch.ops.megatron_jam.guided_sample(*copies)
+    copies = (each if each is None else each.cpu() for each in (cond, *others))
+    return torch.ops.megatron_jam.guided_sample(*copies).to(cond.device)
 
 
 @functools.cache
