@@ -86,7 +86,7 @@ def extension() -> CppExtension:
     # compiler and device computes the same bits.
     flags = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra"]}
     if cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         flags["nvcc"] = ["-O3", "-std=c++20", "--fmad=false"]
         flags["cxx"].append("-DMEGATRON_JAM_CUDA")
     build = CUDAExtension if cuda else CppExtension

@@ -6,6 +6,7 @@ well. A finished stage is skipped unless what it reads has changed; an unfinishe
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -168,6 +169,8 @@ def main() -> int:
     """Run what is not done yet; the exit status of the first command that fails."""
     os.chdir(ROOT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Two ranks on the CPU, whatever GPUs there are; name GPUs to use at least two of them.
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "")
     begun, todo = time.monotonic(), stages()
     fingerprint = ""
     for number, stage in enumerate(todo, 1):
@@ -178,6 +181,7 @@ def main() -> int:
             print(f"{heading}: done before", flush=True)
             continue
         print(f"\n{heading}", flush=True)
+        mark.unlink(missing_ok=True)
         for path in stage.writes:
             remove(path)
         start = time.monotonic()
@@ -216,9 +220,9 @@ def read_by(stage: Stage, before: str) -> str:
     for command in stage.commands:
         for word in command[1:]:
             digest.update(word.encode() + b"\0")
-            path = Path(word)
-            if path.is_file() and HERE in path.parents:
-                digest.update(path.read_bytes())
+            for path in map(Path, re.split(r"[=,\[\]]", word)):
+                if path.is_file() and HERE in path.parents:
+                    digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -239,4 +243,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("interrupted; run it again to go on with the stage that was under way")
+        sys.exit("interrupted; run it again to begin with the stage that was under way")

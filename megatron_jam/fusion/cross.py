@@ -1,8 +1,9 @@
 """JAM-Cross: both towers kept, joined by bridges and a projection (paper section 2.1.3).
 
-What the paper leaves open is taken from the authors' code and DESIGN: text rows of the one token
-table come from the LLM, rows of image codes, <break>, <eoss> and sentinels from the image model,
-which alone has seen them; so do the positions. An affine last norm is the parents' average.
+What the paper leaves open follows the authors' code and docs/architecture.md: text rows of the one
+token table, with <s> <pad> </s> <unk>, come from the LLM; rows of image codes, <break>, <eoss> and
+sentinels from the image model, which alone has seen them; so do the positions. An affine last norm
+is the parents' average.
 """
 
 import dataclasses

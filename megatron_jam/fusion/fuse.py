@@ -42,6 +42,7 @@ def fuse(recipe: FusionRecipe) -> ModelConfig:
         writer.finish(
             {
                 "made_by": "tools/fuse.py",
+                "image_tokenizer_sha256": image.image_tokenizer_sha256,
                 "recipe": {name: str(value) for name, value in settings.items()},
                 "parents": {
                     "text": _origin(text),

@@ -70,7 +70,7 @@ class Illustrator:
                 f"the image tokenizer has {image_tokenizer.num_codes} codes, the vocabulary of"
                 f" {weights.path} {self._vocabulary.image.size}; give the one it was trained with"
             )
-        trained_with = weights.provenance.get("image_tokenizer_sha256")
+        trained_with = weights.image_tokenizer_sha256
         if trained_with and trained_with != image_tokenizer.sha256:
             raise UsageError(
                 f"the image tokenizer ({image_tokenizer.sha256[:12]}) is not the one"

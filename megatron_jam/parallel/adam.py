@@ -60,5 +60,5 @@ class Adam(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
-                foreach=False,
+                foreach=bool(parameters) and parameters[0].is_cuda,
             )

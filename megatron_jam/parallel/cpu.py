@@ -144,15 +144,15 @@ def _patch_tensor_methods() -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
 
-def provide_adam() -> None:
+def provide_adam(device: torch.device) -> None:
     """Without apex or Transformer Engine Megatron takes torch's Adam, whose state it cannot load,
-    on a GPU as well; give it ours."""
+    on a GPU as well; give it ours. On a CPU always: theirs run on GPUs alone."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
     from megatron_jam.parallel.adam import Adam
 
-    if not optimizer.USING_PYTORCH_OPTIMIZER:
+    if device.type == "cuda" and not optimizer.USING_PYTORCH_OPTIMIZER:
         return
     optimizer.Adam = distrib_optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False

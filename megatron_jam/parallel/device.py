@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from megatron_jam.config.errors import UsageError
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Parameters and activations of each precision that a setting can name."""
 
@@ -12,8 +14,18 @@ def select_device() -> torch.device:
     """Return this process's CUDA device where there is one, else the CPU.
 
     On the CPU a process gets one thread unless OMP_NUM_THREADS says otherwise.
+
+    Raises:
+        UsageError: if this host has GPUs, but fewer than ranks.
     """
     if torch.cuda.is_available():
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        gpus = torch.cuda.device_count()
+        if ranks > gpus:
+            raise UsageError(
+                f"{ranks} ranks on a host with {gpus} GPUs: start as many ranks as GPUs, or set"
+                " CUDA_VISIBLE_DEVICES= to compute on the CPU"
+            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device

@@ -89,7 +89,7 @@ def build_world(parallel: ParallelConfig, device: torch.device) -> World:
     """Build the process groups over a default group that is already there."""
     if device.type == "cpu":
         prepare_megatron()
-    provide_adam()
+    provide_adam(device)
     parallel.data(dist.get_world_size())
     if parallel.sequence and parallel.tensor == 1:
         raise UsageError("parallel.sequence needs parallel.tensor of at least 2")

@@ -7,11 +7,11 @@ hold pickles: a checkpoint is trusted input, unlike a weights folder.
 """
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from megatron.core.utils import (
 )
 
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import replace_folder, write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.models.jam import JamModel
 from megatron_jam.models.parameters import TOKENS
@@ -46,13 +47,22 @@ class Checkpoints:
         optimizer: MegatronOptimizer,
         world: World,
         *,
-        vocabulary_sha256: str,
+        identity: Mapping[str, Any],
         keep: int,
     ) -> None:
-        """Keep the newest `keep` checkpoints in `folder`."""
+        """Keep the newest `keep` checkpoints in `folder`.
+
+        Args:
+            folder: where they are.
+            chunks: this rank's model.
+            optimizer: its optimizer.
+            world: the ranks.
+            identity: settings that a run must not change, as plain JSON values.
+            keep: how many are kept.
+        """
         self._folder, self._keep = Path(folder), keep
         self._chunks, self._optimizer, self._world = chunks, optimizer, world
-        self._vocabulary = vocabulary_sha256
+        self._identity = dict(identity)
 
     def save(self, step: int) -> Path:
         """Save the state after `step` optimizer steps; all ranks take part."""
@@ -76,15 +86,19 @@ class Checkpoints:
             Optimizer steps that it had made; 0 if there is no checkpoint.
 
         Raises:
-            UsageError: if it was made with another vocabulary.
+            UsageError: if the run's identity differs; the message names the setting.
         """
         found = complete_checkpoints(self._folder)
         if not found:
             return 0
         path = found[-1]
         marker = json.loads((path / MARKER).read_text())
-        if marker["vocabulary_sha256"] != self._vocabulary:
-            raise UsageError(f"{path} was made with another vocabulary than the weights folder's")
+        for name, value in self._identity.items():
+            if marker["identity"].get(name) != value:
+                raise UsageError(
+                    f"{path} was made with another `{name}`: set it back to go on with that run, or"
+                    " choose another output to begin a new one"
+                )
         loaded = dist_checkpointing.load(self._state(is_loading=True), str(path))
         with torch.no_grad():
             for chunk in self._chunks:
@@ -105,13 +119,11 @@ class Checkpoints:
         return {"model": model, "optimizer": optimizer}
 
     def _commit(self, part: Path, final: Path, step: int) -> None:
-        marker = {"step": step, "vocabulary_sha256": self._vocabulary}
-        with (part / MARKER).open("w") as file:
-            json.dump(marker, file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
+        marker = {"step": step, "identity": self._identity}
+        write_text_atomically(part / MARKER, json.dumps(marker, indent=2) + "\n")
+        if final.exists() and not (final / MARKER).is_file():
+            shutil.rmtree(final)  # half a checkpoint: it never counted
+        replace_folder(part, final, marker=MARKER)
         logger.info("saved %s", final)
         for old in complete_checkpoints(self._folder)[: -self._keep]:
             shutil.rmtree(old)

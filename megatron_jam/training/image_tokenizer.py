@@ -119,7 +119,7 @@ def _check(num_images: int, *, steps: int, batch_size: int, learning_rate: float
     for name, value in (("steps", steps), ("batch_size", batch_size), ("images", num_images)):
         if value < 1:
             raise UsageError(f"{name}: at least 1 is needed, not {value}")
-    if learning_rate <= 0:
+    if not 0 < learning_rate < math.inf:
         raise UsageError(f"learning_rate must be positive, not {learning_rate}")
 
 

@@ -1,7 +1,11 @@
 """The one training loop: parents, continued pretraining and instruction tuning."""
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +14,12 @@ from megatron_jam.config.errors import UsageError
 from megatron_jam.config.log import logger
 from megatron_jam.config.run import RunConfig
 from megatron_jam.data.indexed import read_info
-from megatron_jam.data.loader import build_dataset, collate, global_batch_indices
+from megatron_jam.data.loader import (
+    build_dataset,
+    collate,
+    global_batch_indices,
+    image_tokenizer_of,
+)
 from megatron_jam.models.jam import JamModel
 from megatron_jam.parallel.device import DTYPES, peak_memory_bytes
 from megatron_jam.parallel.world import World
@@ -46,16 +55,7 @@ class Training:
         self.config, self.world = config, world
         self._validate = validate
         self.folder = folder
-        model = self.folder.config
-        if config.context_length > model.max_positions:
-            raise UsageError(
-                f"context_length {config.context_length} is longer than the model's max_positions"
-                f" {model.max_positions}"
-            )
-        self._num_micro_batches = config.num_micro_batches(world.size)
-        self._check_interleave()
-        for each in config.data.sets:
-            folder.require_tokenizer(read_info(each.path).tokenizer_sha256, each.path)
+        self._check()
         self._dataset = build_dataset(
             config.data,
             folder.vocabulary,
@@ -64,7 +64,7 @@ class Training:
         )
         self.chunks = [
             JamModel(
-                model,
+                folder.config,
                 world,
                 dtype=DTYPES[config.precision],
                 recompute=config.recompute,
@@ -81,7 +81,7 @@ class Training:
             self.chunks,
             self._optimizer,
             world,
-            vocabulary_sha256=folder.vocabulary.sha256,
+            identity=identity(config, folder),
             keep=config.keep_checkpoints,
         )
         self._reporter = Reporter(
@@ -94,11 +94,13 @@ class Training:
     def run(self) -> None:
         """Train to the end, or to `stop_at`; the end exports OUTPUT/weights."""
         config = self.config
+        log_start(self.chunks, self.world)
+        first = self._checkpoints.load_latest()
+        if first > config.steps:
+            raise UsageError(f"steps is {config.steps}, but the run has made {first} already")
         if self.world.rank == 0:
             config.output.mkdir(parents=True, exist_ok=True)
             config.save(config.output / "run.yaml")
-        log_start(self.chunks, self.world)
-        first = self._checkpoints.load_latest()
         check_replicas(self.chunks, self.world)
         self._reporter.start(first)
         last = min(config.stop_at or config.steps, config.steps)
@@ -143,6 +145,8 @@ class Training:
         provenance = {
             "made_by": "megatron_jam.train",
             "parent": str(self.config.weights),
+            "image_tokenizer_sha256": image_tokenizer_of(self.config.data)
+            or self.folder.image_tokenizer_sha256,
             "steps": self.config.steps,
             "tokens": self.config.steps
             * self.config.global_batch_size
@@ -160,10 +164,39 @@ class Training:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         logger.info("wrote %s | peak memory of a rank %.2f GB", weights, peak.item() / 1e9)
 
-    def _check_interleave(self) -> None:
-        pipeline = self.config.parallel.pipeline
-        if self.config.parallel.interleave > 1 and self._num_micro_batches % pipeline:
+    def _check(self) -> None:
+        """Raise UsageError unless settings, weights, tokenizers and data fit each other."""
+        config, model = self.config, self.folder.config
+        if config.context_length > model.max_positions:
             raise UsageError(
-                f"with parallel.interleave the {self._num_micro_batches} micro-batches of a step"
-                f" must be a multiple of parallel.pipeline {pipeline}"
+                f"context_length {config.context_length} is longer than the model's max_positions"
+                f" {model.max_positions}"
             )
+        count = config.num_micro_batches(self.world.size)
+        pipeline = config.parallel.pipeline
+        if config.parallel.interleave > 1 and count % pipeline:
+            raise UsageError(
+                f"with parallel.interleave the {count} micro-batches of a step must be a multiple"
+                f" of parallel.pipeline {pipeline}"
+            )
+        for each in config.data.sets:
+            self.folder.require_tokenizer(read_info(each.path).tokenizer_sha256, each.path)
+        images, known = image_tokenizer_of(config.data), self.folder.image_tokenizer_sha256
+        if images and known and images != known:
+            raise UsageError(
+                f"the pictures of data.sets were encoded with another image tokenizer than those"
+                f" that {self.folder.path} was trained on; prepare them with that one"
+            )
+
+
+def identity(config: RunConfig, folder: WeightsFolder) -> dict[str, Any]:
+    """What makes a run's step n the same step n: its data, their order, and where it began."""
+    origin = json.dumps(folder.provenance["sha256"], sort_keys=True)
+    return {
+        "seed": config.seed,
+        "global_batch_size": config.global_batch_size,
+        "context_length": config.context_length,
+        "data": dataclasses.asdict(config.data),
+        "vocabulary": folder.vocabulary.sha256,
+        "weights": hashlib.sha256(origin.encode()).hexdigest(),
+    }

@@ -6,10 +6,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.training.step import Losses
 
 METRICS = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last one that a killed run left unfinished is dropped."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Reporter:
@@ -23,9 +30,9 @@ class Reporter:
     def start(self, step: int) -> None:
         """Drop what an interrupted run wrote after `step`, and start the clock."""
         if self._path is not None and self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self._path.write_text("".join(kept))
+            kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_text_atomically(self._path, text)
         self._window_start, self._window_steps = time.perf_counter(), 0
 
     def step_done(self) -> None:

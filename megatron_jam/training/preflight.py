@@ -8,14 +8,18 @@ import torch.distributed as dist
 from megatron_jam.config.log import logger
 from megatron_jam.models.jam import JamModel
 from megatron_jam.models.parameters import num_parameters
+from megatron_jam.models.sharding import holders
 from megatron_jam.parallel.world import World
 
 
 def check_replicas(chunks: Sequence[JamModel], world: World) -> None:
-    """Raise RuntimeError unless replicas, and copies of tied tables, are equal bit for bit."""
+    """Raise RuntimeError unless copies of a weight have equal checksums: over the replicas, over
+    the tensor-parallel ranks where it is not split, and of tied tables over their stages."""
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            _check_equal(parameter, world.data.group, f"replicas of {name}")
+        for holder in holders(chunk):
+            _check_equal(holder.parameter, world.data.group, f"replicas of {holder.key}")
+            if holder.split is None:
+                _check_equal(holder.parameter, world.tensor.group, f"copies of {holder.key}")
         for weight in chunk.tied_weights():
             _check_equal(weight, world.groups.embd, "first and last stage's token tables")
 
@@ -48,7 +52,8 @@ def state_bytes(chunks: Sequence[JamModel], world: World) -> int:
     for parameter in parameters:
         low = parameter.dtype in (torch.bfloat16, torch.float16)
         state = 12 if low else 8
-        total += parameter.numel() * (parameter.dtype.itemsize + 4 + state // world.data.size)
+        total += parameter.numel() * (parameter.dtype.itemsize + 4)
+        total += parameter.numel() * state // world.data.size
     return total
 
 

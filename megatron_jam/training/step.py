@@ -1,5 +1,6 @@
 """One optimizer step: micro-batches through Megatron's pipeline schedule, and what it reports."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -120,13 +121,16 @@ def train_step(
 
     Returns:
         The losses before the update, and the gradient's norm before clipping.
+
+    Raises:
+        FloatingPointError: on every rank, if the gradient is not finite; checkpoints stay.
     """
     # A gradient left over from the last step would be counted a second time by Megatron's hooks.
     optimizer.zero_grad()
     losses = step(micro_batches)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    updated, norm, _ = optimizer.step()
-    if not updated:
-        raise FloatingPointError("the gradient is not finite")
+    _, norm, _ = optimizer.step()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}: the weights are spoilt")
     return losses, float(norm)

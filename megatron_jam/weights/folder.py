@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import check_replaceable, replace_folder
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
@@ -97,6 +98,11 @@ class WeightsFolder:
         self.read(name, 0, 0, 0)
         return tuple(self._files[self._place[name]].get_slice(name).get_shape())
 
+    @property
+    def image_tokenizer_sha256(self) -> str:
+        """Of the image tokenizer whose codes these weights know; "" if they have seen none."""
+        return self.provenance.get("image_tokenizer_sha256", "")
+
     def require_tokenizer(self, sha256: str, whose: str) -> None:
         """Raise UsageError unless `sha256` is of the text tokenizer that these weights know."""
         if sha256 != TextTokenizer.load(self.tokenizer_path).sha256:
@@ -138,8 +144,9 @@ class FolderWriter:
             file_bytes: largest size of one file, in bytes, unless one tensor is larger.
 
         Raises:
-            UsageError: if `source` lacks a file.
+            UsageError: if `source` lacks a file, or `path` is another kind of folder.
         """
+        check_replaceable(Path(path), INDEX)
         for name in (VOCABULARY, TOKENIZER):
             if not (source / name).is_file():
                 raise UsageError(f"{source} has no {name}: name the folder of a text tokenizer")
@@ -194,20 +201,10 @@ class FolderWriter:
             shutil.copyfile(self._source / name, self._part / name)
         _write_json(self._part / PROVENANCE, {**provenance, "sha256": self._hashes})
         _write_json(self._part / INDEX, {"metadata": {}, "weight_map": place})
-        replace_folder(self._part, self.path)
+        replace_folder(self._part, self.path, marker=INDEX)
 
     def _file_name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{len(self._files):05d}.safetensors"
-
-
-def replace_folder(new: Path, path: Path) -> None:
-    """Rename the finished folder `new` to `path`, in place of what stands there."""
-    old = path.parent / f".{path.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _plan(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:
@@ -251,8 +248,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
