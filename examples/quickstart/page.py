@@ -68,7 +68,7 @@ def main(data: Path, output: Path) -> None:
         Section(
             heading="Held-out concepts",
             text="No picture, definition or answer of these was in the training data: a model"
-            " that knows 384 things by heart can only guess.",
+            " that knows some hundred things by heart can only guess.",
             cards=[card for probe, card in cards if probe.held_out],
         ),
         Section(

@@ -30,7 +30,7 @@ def test_every_configuration_parses() -> None:
         else:
             run = load_run_config(["--config", str(path)])
             assert run.steps == values["steps"]
-            assert run.parallel.tensor == 2
+            assert run.num_micro_batches(2) == 1
             kinds.add("run")
     assert kinds == {"model", "recipe", "run"}
 
