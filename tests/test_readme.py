@@ -26,3 +26,10 @@ def test_tree_names_every_module_and_tool() -> None:
     assert real - named == set(), "name these in the README's tree"
     gone = {n for n in named if n.startswith(("megatron_jam", "tools")) and n not in real}
     assert gone == set(), "the README's tree names what is not there"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"

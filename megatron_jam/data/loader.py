@@ -124,27 +124,40 @@ def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
 
 class EvaluationSamples(Sequence[Sample]):
     """A set from its first token to its last, in the order of the file: every token but the first
-    is predicted exactly once, and the last sample is padded."""
+    is predicted exactly once. A context ends with a document wherever one ends within its reach,
+    so that documents are read whole; it begins with the last token of the context before."""
 
     def __init__(self, documents: IndexedSet, *, context_length: int, pad: int) -> None:
         """Use :func:`evaluation_samples`."""
         self._documents = documents
         self._context_length = context_length
         self._pad = pad
+        self._cuts = _evaluation_cuts(documents, context_length)
 
     def __len__(self) -> int:
         """Number of samples."""
-        return -(-(self._documents.num_tokens - 1) // self._context_length)
+        return len(self._cuts) - 1
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         """Sample `index`, from 0; IndexError beyond the last."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start = index * self._context_length
         block = np.full(self._context_length + 1, self._pad, dtype=np.int64)
-        tokens = self._documents.tokens(start, start + block.size)
+        tokens = self._documents.tokens(self._cuts[index], self._cuts[index + 1] + 1)
         block[: tokens.size] = tokens
         return sample_from_block(block, pad=self._pad)
+
+
+def _evaluation_cuts(documents: IndexedSet, context_length: int) -> list[int]:
+    """Context i reads the tokens from cut i on and predicts those up to and with cut i + 1."""
+    ends = np.cumsum(documents.lengths, dtype=np.int64) - 1
+    cuts, last = [0], documents.num_tokens - 1
+    while cuts[-1] < last:
+        reach = cuts[-1] + context_length
+        number = int(np.searchsorted(ends, reach, side="right")) - 1
+        whole = int(ends[number]) if number >= 0 else 0
+        cuts.append(whole if whole > cuts[-1] else min(reach, last))
+    return cuts
 
 
 def evaluation_samples(

@@ -30,7 +30,8 @@ def measure_sets(
 ) -> Mapping[str, Losses]:
     """Losses of each set by name, the same under every layout; all ranks take part.
 
-    A set is cut into consecutive contexts, each read without what stands before it.
+    A set is cut into consecutive contexts of whole documents where they fit, each read without
+    what stands before it. All tokens count, in questions too.
 
     Args:
         step: the model.

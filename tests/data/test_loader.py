@@ -209,7 +209,13 @@ def test_collate(sets):
 def test_evaluation_reads_every_token_once_in_order(sets, context_length):
     samples = evaluation_samples(sets["pairs"].path, VOCABULARY, context_length=context_length)
     stream = np.concatenate(pair_documents(100))
-    assert len(samples) == -(-(stream.size - 1) // context_length)
+    ends = set(np.cumsum([document.size for document in pair_documents(100)]) - 1)
+    lengths = [int(each.loss_mask.sum()) for each in samples]
+    # A context that ends within a document could not have reached that document's end.
+    for stop, length in zip(np.cumsum(lengths).tolist(), lengths, strict=True):
+        reached = {end for end in ends if stop - length < end <= stop - length + context_length}
+        assert stop == max(reached, default=stop)
+        assert length == context_length or stop in ends
     counted = np.concatenate([each.labels[each.loss_mask] for each in samples])
     assert counted.tolist() == stream[1:].tolist()
     read = np.concatenate([each.tokens[each.loss_mask] for each in samples])

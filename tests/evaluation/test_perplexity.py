@@ -62,16 +62,21 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[DataS
 
 
 def direct(path: Path, name: str) -> tuple[list[float], list[int]]:
-    """Nats and tokens by modality: contexts of LENGTH tokens, one after the other."""
+    """Nats and tokens by modality: whole documents in contexts of at most LENGTH tokens."""
     folder = WeightsFolder(path)
     weights = {n: folder.read(n) for n in folder.names}
     stream = torch.from_numpy(np.concatenate(documents(name)).astype(np.int64))
     sums, counts = [0.0] * 3, [0] * 3
-    for start in range(0, len(stream) - 1, LENGTH):
-        block = stream[start : start + LENGTH + 1]
+    ends = (np.cumsum([len(document) for document in documents(name)]) - 1).tolist()
+    start = 0
+    while start < len(stream) - 1:
+        reached = [end for end in ends if start < end <= start + LENGTH]
+        stop = max(reached, default=min(start + LENGTH, len(stream) - 1))
+        block = stream[start : stop + 1]
+        start = stop
         logits = reference_logits(folder.config, weights.__getitem__, block[None, :-1])[0]
         nats = F.cross_entropy(logits, block[1:], reduction="none")
-        for kind, value in zip(VOCABULARY.modality[block[1:]], nats.tolist(), strict=True):
+        for kind, value in zip(VOCABULARY.modality[block[1:].numpy()], nats.tolist(), strict=True):
             sums[kind] += value
             counts[kind] += 1
     assert sum(counts) == len(stream) - 1

@@ -1,6 +1,7 @@
 """A stopped and resumed run is the undisturbed one; state moves between layouts."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_jam.parallel.world import World
 from megatron_jam.training.checkpoint import complete_checkpoints
 from megatron_jam.training.loop import Training
 from megatron_jam.training.step import ForwardBackward, Losses
-from megatron_jam.weights.folder import WeightsFolder
+from megatron_jam.weights.folder import FolderWriter, WeightsFolder
 from megatron_jam.weights.load import gather_whole
 from tests.helpers.pico import pico_config, pico_folder, pico_tokenizer, pico_vocabulary
 from tests.helpers.pool import WorkerPool
@@ -179,9 +180,64 @@ def test_checkpoint_of_another_vocabulary_is_refused(
     pool.run(run_training, ParallelConfig(), {**values, "stop_at": 1})
     (path,) = complete_checkpoints(tmp_path / "run/checkpoints")
     marker = json.loads((path / "jam.json").read_text())
-    (path / "jam.json").write_text(json.dumps({**marker, "vocabulary_sha256": "other"}))
-    with pytest.raises(RuntimeError, match="was made with another vocabulary"):
+    changed = {**marker, "identity": {**marker["identity"], "vocabulary": "other"}}
+    (path / "jam.json").write_text(json.dumps(changed))
+    with pytest.raises(RuntimeError, match="was made with another `vocabulary`"):
         pool.run(run_training, ParallelConfig(), values)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("seed", 1), ("global_batch_size", 8), ("context_length", 16)]
+)
+def test_a_run_keeps_the_settings_that_fix_its_batches(
+    pool: WorkerPool, setting: str, value: int, material: tuple[Path, Path], tmp_path: Path
+) -> None:
+    values = settings(material, tmp_path / "run", ParallelConfig())
+    pool.run(run_training, ParallelConfig(), {**values, "stop_at": 1})
+    with pytest.raises(RuntimeError, match=f"was made with another `{setting}`"):
+        pool.run(run_training, ParallelConfig(), {**values, setting: value})
+
+
+def test_fewer_steps_than_were_made_are_refused(
+    pool: WorkerPool, material: tuple[Path, Path], tmp_path: Path
+) -> None:
+    values = settings(material, tmp_path / "run", ParallelConfig())
+    pool.run(run_training, ParallelConfig(), {**values, "stop_at": 3})
+    with pytest.raises(RuntimeError, match="steps is 2, but the run has made 3 already"):
+        pool.run(run_training, ParallelConfig(), {**values, "steps": 2})
+    assert not (tmp_path / "run/weights").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    pool: WorkerPool, material: tuple[Path, Path], tmp_path: Path
+) -> None:
+    weights, _ = material
+    folder = WeightsFolder(weights)
+    spoilt = tmp_path / "spoilt"
+    shapes = {name: folder.shape(name) for name in folder.names}
+    with FolderWriter(
+        spoilt, config=folder.config, source=weights, shapes=shapes, dtype=torch.float32
+    ) as writer:
+        for name in shapes:
+            value = folder.read(name).clone()
+            value.view(-1)[0] = math.nan if name.endswith("fc1.weight") else value.view(-1)[0]
+            writer.write(name, value)
+        writer.finish({})
+    values = {**settings(material, tmp_path / "run", ParallelConfig()), "weights": spoilt}
+    with pytest.raises(RuntimeError, match="FloatingPointError: the gradient's norm is nan"):
+        pool.run(run_training, ParallelConfig(), values)
+    assert complete_checkpoints(tmp_path / "run/checkpoints") == []
+
+
+def test_a_torn_line_of_metrics_is_dropped(
+    pool: WorkerPool, material: tuple[Path, Path], tmp_path: Path
+) -> None:
+    values = settings(material, tmp_path / "run", ParallelConfig())
+    pool.run(run_training, ParallelConfig(), {**values, "stop_at": 2})
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "ki')
+    pool.run(run_training, ParallelConfig(), values)
+    assert len(losses(tmp_path / "run")) == 6
 
 
 def test_only_complete_checkpoints_count_and_old_ones_go(
