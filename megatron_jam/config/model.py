@@ -114,6 +114,10 @@ class ModelConfig:
         for name in ("vocab_size", "max_positions"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.position_offset < 0:
+            raise UsageError(f"position_offset is {self.position_offset}; it must be 0 or more")
+        if not self.init_std > 0:
+            raise UsageError(f"init_std is {self.init_std}; it must be above 0")
 
     @property
     def is_pair(self) -> bool:

@@ -48,6 +48,12 @@ class OptimizerConfig:
         for name in ("learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"optimizer.{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("epsilon", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of step `step` (from 0) of `steps`."""
@@ -120,7 +126,7 @@ class RunConfig:
         for name in (*sizes, "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("validate_every", "checkpoint_every", "stop_at"):
+        for name in ("validate_every", "checkpoint_every", "stop_at", "seed"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         self.parallel.check_length(self.context_length)

@@ -71,6 +71,9 @@ def measure_folder(
     dtype: torch.dtype = torch.float32,
 ) -> Mapping[str, Losses]:
     """Losses of a weights folder on each set; all ranks take part."""
+    for name, value in (("context_length", context_length), ("micro_batch_size", micro_batch_size)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}; it must be at least 1")
     folder = WeightsFolder(path)
     if context_length > folder.config.max_positions:
         raise UsageError(
