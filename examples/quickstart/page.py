@@ -73,8 +73,8 @@ def main(data: Path, output: Path) -> None:
         ),
         Section(
             heading="Perplexity",
-            text="Per token, nothing masked; training data on the left of each pair, held-out"
-            " concepts on the right.",
+            text="Per token, nothing masked, documents read whole: definitions of held-out words,"
+            " pictures of trained and of held-out concepts.",
             table=perplexity_table(output / "perplexity.json"),
         ),
         Section(
@@ -131,13 +131,12 @@ def perplexity_table(path: Path) -> Table:
     for entry in json.loads(path.read_text()):
         model = "/".join(Path(entry["weights"]).parts[-2:])
         figures[model][entry["set"]] = entry["perplexity"]
-    columns = [("text", "text"), ("text_heldout", "text"), ("pairs", "image")]
-    columns.append(("pairs_heldout", "image"))
+    columns = [("text_heldout", "text"), ("pairs", "image"), ("pairs_heldout", "image")]
     rows = [
         [title, *(f"{figures[model][name][kind]:,.2f}" for name, kind in columns)]
         for model, title in MODELS.items()
     ]
-    heads = ["model", "text", "text, held out", "image codes", "image codes, held out"]
+    heads = ["model", "text, held out", "image codes", "image codes, held out"]
     return Table(columns=heads, rows=rows)
 
 

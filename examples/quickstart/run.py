@@ -122,7 +122,7 @@ def results() -> list[Stage]:
     """What the models are worth, and what JAM-Cross writes."""
     models = ["llm/weights", "image/weights", "fused/uniform", "fused/width", "fused/cross"]
     folders = ",".join(str(OUT / name) for name in [*models, "alignment/weights"])
-    names = ("text", "text_heldout", "pairs", "pairs_heldout")
+    names = ("text_heldout", "pairs", "pairs_heldout")
     sets = ",".join(f"{{name: {name}, path: {SETS / name}}}" for name in names)
     perplexity, questions = OUT / "perplexity.json", OUT / "questions.txt"
     options = ["--context_length=160", f"--output={perplexity}"]

@@ -41,6 +41,10 @@ class FusionRecipe:
     projection: Literal["random", "half"] = "random"
     """cross: how the [image ; text] projection begins; `half` is the mean of both towers."""
 
+    separate: bool = False
+    """cross: towers keep their own token tables, positions and outputs, and there is no projection;
+    with `bridges: zero` the child begins with exactly its parents' logits."""
+
     seed: int = 0
     """cross: of the bridges and the projection."""
 

@@ -90,6 +90,14 @@ class ModelConfig:
     position_offset: int = 2
     """Unused rows in front of the position table (OPT's convention)."""
 
+    separate: bool = False
+    """Two towers with token tables, positions and outputs of their own, and no projection: rows of
+    text ids read the text tower, all other rows the image tower. With zero bridges such a model
+    begins with exactly its parents' logits. False is the authors' code: one of each."""
+
+    text_ids: list[int] = field(default_factory=lambda: [0, 0])
+    """First text id and how many there are, which `separate` needs."""
+
     init_std: float = 0.006
     """Standard deviation of fresh weights (CM3leon), cut at 3 sigma."""
 
@@ -114,6 +122,8 @@ class ModelConfig:
         for name in ("vocab_size", "max_positions"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.separate and not (self.is_pair and len(self.text_ids) == 2 and self.text_ids[1]):
+            raise UsageError("separate needs towers image and text, and text_ids: [first, count]")
         if self.position_offset < 0:
             raise UsageError(f"position_offset is {self.position_offset}; it must be 0 or more")
         if not self.init_std > 0:

@@ -7,6 +7,7 @@ is the parents' average.
 """
 
 import dataclasses
+import re
 
 from torch import Tensor
 
@@ -24,6 +25,8 @@ def cross_config(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe
         towers={IMAGE: image.config.towers[MAIN], TEXT: text.config.towers[MAIN]},
         bridges=BridgeConfig(every=recipe.every, start=recipe.bridges),
         projection_start=recipe.projection,
+        separate=recipe.separate,
+        text_ids=list(text.vocabulary.text) if recipe.separate else [0, 0],
     )
 
 
@@ -31,6 +34,10 @@ def cross_tensor(
     name: str, text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe
 ) -> Tensor:
     """One weight of the child: a parent's, or a fresh one drawn from (seed, name)."""
+    own = re.fullmatch(f"(embedding|head)\\.({IMAGE}|{TEXT})\\.(.*)", name)
+    if own:
+        parent = {TEXT: text, IMAGE: image}[own[2]]
+        return parent.read(f"{own[1]}.{own[3]}")
     if name == TOKENS:
         return _token_rows(text, image)
     if name == POSITIONS:

@@ -72,12 +72,17 @@ class JamModel(MegatronModule):
         }
         joint = self.config
         if self.pre_process:
-            self.embedding = Embedding(model, joint, world)
+            self.embedding: nn.Module = (
+                nn.ModuleDict({n: Embedding(model, joint, world) for n in model.tower_names})
+                if model.separate
+                else Embedding(model, joint, world)
+            )
         self.layers = nn.ModuleDict(
             {str(i): JointLayer(model, i, engines, world.groups) for i in self.layer_range}
         )
         if self.post_process:
-            self.head = Head(model, joint, world, tied=self.pre_process)
+            head = SeparateHead if model.separate else Head
+            self.head = head(model, joint, world, tied=self.pre_process)
         self._received: Tensor | None = None
         self.to(world.device)
 
@@ -101,7 +106,7 @@ class JamModel(MegatronModule):
         states = self.run_layers(tokens, positions)
         if not self.post_process:
             return torch.cat(states, dim=-1) if len(states) > 1 else states[0]
-        logits = self.head(states, self.embedding.tokens.weight if self.pre_process else None)
+        logits = self.head(states, self._tables() if self.pre_process else None)
         return logits if labels is None else self._loss(logits, labels)
 
     def run_layers(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
@@ -119,6 +124,8 @@ class JamModel(MegatronModule):
 
     def _enter(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         towers = self.model_config.towers
+        if self.pre_process and self.model_config.separate:
+            return tuple(each(tokens, positions) for each in self.embedding.values())
         if self.pre_process:
             # One embedding feeds both towers (the authors' code).
             return (self.embedding(tokens, positions),) * len(towers)
@@ -138,10 +145,16 @@ class JamModel(MegatronModule):
     def tied_weights(self) -> list[nn.Parameter]:
         """Tables that the first and the last stage each hold a copy of, in a fixed order."""
         if self.pre_process and not self.post_process:
-            return [self.embedding.tokens.weight]
+            return self._tables()
         if self.post_process and not self.pre_process:
-            return [self.head.output.weight]
+            return list(self.head.output.parameters())
         return []
+
+    def _tables(self) -> list[nn.Parameter]:
+        """The token tables of the first stage: one, or the image and the text tower's."""
+        separate = self.model_config.separate
+        embeddings = self.embedding.values() if separate else [self.embedding]
+        return [each.tokens.weight for each in embeddings]
 
 
 class Embedding(nn.Module):
@@ -183,31 +196,73 @@ class Head(nn.Module):
         super().__init__()
         d = model.hidden_size
         tower = model.towers[model.tower_names[0]]
-        rows = padded_vocabulary(model.vocab_size, world.tensor.size)
         if model.is_pair:
             self.projection = nn.Linear(2 * d, d, bias=False, dtype=config.params_dtype)
             self.projection.weight.sequence_parallel = config.sequence_parallel
         self.norm = LayerNorm(config, d, tower.norm_epsilon, affine=tower.affine_norm)
-        self.output = ColumnParallelLinear(
-            d,
-            rows,
-            config=config,
-            init_method=nn.init.zeros_,
-            bias=False,
-            skip_weight_param_allocation=tied,
-            tp_group=world.groups.tp,
-        )
-        local = rows // world.tensor.size
-        # What lies behind the true vocabulary on the last ranks is padding: never in a loss.
-        self.num_real = max(0, min(local, model.vocab_size - world.tensor.rank * local))
+        self.output = _output(model, config, world, tied=tied)
+        self.num_real = num_real_rows(model.vocab_size, world)
 
-    def forward(self, states: tuple[Tensor, ...], weight: Tensor | None) -> Tensor:
+    def forward(self, states: tuple[Tensor, ...], tables: list[nn.Parameter] | None) -> Tensor:
         """[S, B, d] of each tower -> this rank's logits [S, B, padded V / TP]."""
         hidden = states[0]
         if len(states) > 1:
             hidden = F.linear(torch.cat(states, dim=-1), self.projection.weight)
-        logits, _ = self.output(self.norm(hidden), weight=weight)
+        logits, _ = self.output(self.norm(hidden), weight=tables[0] if tables else None)
         return logits
+
+
+class SeparateHead(nn.Module):
+    """Each tower's states -> its own norm and tied rows; text ids are the text tower's to say."""
+
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, world: World, *, tied: bool
+    ) -> None:
+        super().__init__()
+        self.norm, self.output = nn.ModuleDict(), nn.ModuleDict()
+        for name in model.tower_names:
+            tower = model.towers[name]
+            self.norm[name] = LayerNorm(
+                config, model.hidden_size, tower.norm_epsilon, affine=tower.affine_norm
+            )
+            self.output[name] = _output(model, config, world, tied=tied)
+        self.num_real = num_real_rows(model.vocab_size, world)
+        local = padded_vocabulary(model.vocab_size, world.tensor.size) // world.tensor.size
+        ids = torch.arange(local) + world.tensor.rank * local
+        first, count = model.text_ids
+        is_text = (ids >= first) & (ids < first + count)
+        self.register_buffer("is_text", is_text, persistent=False)
+
+    def forward(self, states: tuple[Tensor, ...], tables: list[nn.Parameter] | None) -> Tensor:
+        """[S, B, d] of each tower -> this rank's logits [S, B, padded V / TP]."""
+        image, text = (
+            self.output[name](self.norm[name](state), weight=table)[0]
+            for name, state, table in zip(
+                self.output, states, tables or [None] * len(states), strict=True
+            )
+        )
+        return torch.where(self.is_text, text, image)
+
+
+def _output(
+    model: ModelConfig, config: TransformerConfig, world: World, *, tied: bool
+) -> ColumnParallelLinear:
+    """The output rows; with `tied` they are the first stage's table, given to each call."""
+    return ColumnParallelLinear(
+        model.hidden_size,
+        padded_vocabulary(model.vocab_size, world.tensor.size),
+        config=config,
+        init_method=nn.init.zeros_,
+        bias=False,
+        skip_weight_param_allocation=tied,
+        tp_group=world.groups.tp,
+    )
+
+
+def num_real_rows(vocab_size: int, world: World) -> int:
+    """This rank's output rows that are no padding; padding is never in a loss."""
+    local = padded_vocabulary(vocab_size, world.tensor.size) // world.tensor.size
+    return max(0, min(local, vocab_size - world.tensor.rank * local))
 
 
 def padded_vocabulary(size: int, tensor: int) -> int:

@@ -44,6 +44,9 @@ class Parameter:
     head_size: int = 1
     """Rows of a head, for interleaving."""
 
+    is_vocabulary: bool = False
+    """Whether its rows are token ids, which tensor parallelism pads in memory."""
+
 
 TOKENS, POSITIONS = "embedding.tokens.weight", "embedding.positions.weight"
 PROJECTION = "head.projection.weight"
@@ -51,12 +54,7 @@ PROJECTION = "head.projection.weight"
 
 def parameter_table(config: ModelConfig) -> list[Parameter]:
     """All parameters of a model, in the order of its forward pass."""
-    d = config.hidden_size
-    rows = config.max_positions + config.position_offset
-    table = [
-        Parameter(name=TOKENS, shape=(config.vocab_size, d), split=0, module=TOKENS),
-        Parameter(name=POSITIONS, shape=(rows, d), start="position", module=POSITIONS),
-    ]
+    table = list(_embedding(config))
     for layer in range(config.num_layers):
         for name in config.tower_names:
             table += _layer(config.towers[name], layer, name)
@@ -64,6 +62,25 @@ def parameter_table(config: ModelConfig) -> list[Parameter]:
             for name in config.tower_names:
                 table += _bridge(config, layer, name)
     return table + list(_head(config))
+
+
+def _embedding(config: ModelConfig) -> Iterator[Parameter]:
+    d, rows = config.hidden_size, config.max_positions + config.position_offset
+    for tower in config.tower_names if config.separate else (None,):
+        tokens, positions = (of_tower(name, tower) for name in (TOKENS, POSITIONS))
+        size = (config.vocab_size, d)
+        yield Parameter(
+            name=tokens, shape=size, split=0, tower=tower, module=tokens, is_vocabulary=True
+        )
+        yield Parameter(
+            name=positions, shape=(rows, d), start="position", tower=tower, module=positions
+        )
+
+
+def of_tower(name: str, tower: str | None) -> str:
+    """Name of a tower's own copy of a shared table: embedding.tokens -> embedding.TOWER.tokens."""
+    room, rest = name.split(".", 1)
+    return name if tower is None else f"{room}.{tower}.{rest}"
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -172,6 +189,10 @@ def _norm(tower: TowerConfig, name: str, module: str, place: dict) -> Iterator[P
 
 def _head(config: ModelConfig) -> Iterator[Parameter]:
     d = config.hidden_size
+    if config.separate:
+        for name, tower in config.towers.items():
+            yield from _norm(tower, f"head.{name}.norm", f"head.norm.{name}", {"tower": name})
+        return
     if config.is_pair:
         start: Start = "half" if config.projection_start == "half" else "projection"
         yield Parameter(name=PROJECTION, shape=(d, 2 * d), start=start, module=PROJECTION)

@@ -9,14 +9,14 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from megatron_jam.models.jam import JamModel, padded_vocabulary
-from megatron_jam.models.parameters import TOKENS, Parameter, parameter_table
+from megatron_jam.models.parameters import TOKENS, Parameter, of_tower, parameter_table
 from megatron_jam.parallel.world import Axis
 
 ReadSlice = Callable[[str, int | None, int, int], Tensor]
 """(canonical name, dimension or None for the whole, start, stop) -> tensor."""
 
-OUTPUT = "head.output.weight"
-"""JamModel's second copy of the token table, on the last of several stages."""
+OUTPUT = "head.output."
+"""What the names of JamModel's second copies of token tables begin with, on the last stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,9 @@ def holders(model: JamModel) -> list[Holder]:
         by_module[entry.module].append(entry)
     found = []
     for name, parameter in model.named_parameters():
-        is_copy = name == OUTPUT
-        key = TOKENS if is_copy else name
+        is_copy = name.startswith(OUTPUT)
+        tower = name.removeprefix(OUTPUT).removesuffix("weight").rstrip(".") or None
+        key = of_tower(TOKENS, tower) if is_copy else name
         parts = tuple(by_module[key])
         holder = Holder(key=key, parameter=parameter, parts=parts, is_copy=is_copy)
         parallel = holder.split is not None
@@ -62,7 +63,8 @@ def span(part: Parameter, tensor: Axis) -> tuple[int, int, int]:
     """Start and stop of this rank's real rows or columns, and how many it holds with padding."""
     assert part.split is not None
     size = part.shape[part.split]
-    local = (padded_vocabulary(size, tensor.size) if part.name == TOKENS else size) // tensor.size
+    padded = padded_vocabulary(size, tensor.size) if part.is_vocabulary else size
+    local = padded // tensor.size
     start = min(size, tensor.rank * local)
     return start, min(size, start + local), local
 

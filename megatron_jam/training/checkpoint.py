@@ -27,7 +27,6 @@ from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import replace_folder, write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.models.jam import JamModel
-from megatron_jam.models.parameters import TOKENS
 from megatron_jam.models.sharding import Holder, holders
 from megatron_jam.parallel.world import World
 
@@ -156,6 +155,6 @@ def _sharded(holder: Holder, world: World) -> ShardedTensor:
         holder.split,
         replica_id=(copy, 0, world.data.rank),
         # Another TP pads the vocabulary differently.
-        allow_shape_mismatch=holder.key == TOKENS,
+        allow_shape_mismatch=holder.parts[0].is_vocabulary,
         **groups,
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_jam.config.model import ModelConfig
-from megatron_jam.models.parameters import TOKENS, Parameter
+from megatron_jam.models.parameters import Parameter
 
 
 def initial_tensor(parameter: Parameter, config: ModelConfig, *, seed: int, pad: int = 1) -> Tensor:
@@ -40,7 +40,7 @@ def initial_tensor(parameter: Parameter, config: ModelConfig, *, seed: int, pad:
             value = torch.zeros(shape)
         case "one":
             value = torch.ones(shape)
-    if parameter.name == TOKENS:
+    if parameter.is_vocabulary:
         value[pad] = 0
     elif parameter.start == "position" and pad < config.position_offset:
         value[pad] = 0  # metaseq counts positions from the row behind the padding's

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.models.jam import JamModel
-from megatron_jam.models.parameters import TOKENS, Parameter, parameter_table
+from megatron_jam.models.parameters import Parameter, parameter_table
 from megatron_jam.models.sharding import holders, read_holder, unpack
 from megatron_jam.parallel.world import World
 from megatron_jam.weights.folder import FolderWriter, WeightsFolder
@@ -115,7 +115,7 @@ def _join_slices(entry: Parameter, part: Tensor, world: World) -> Tensor:
         dist.all_gather(parts, part.contiguous(), group=world.tensor.group)
         whole = torch.cat(parts, dim=entry.split)
     # Padded vocabulary rows exist in memory only.
-    return whole[: entry.shape[0]] if entry.name == TOKENS else whole
+    return whole[: entry.shape[0]] if entry.is_vocabulary else whole
 
 
 def _send_to_first(

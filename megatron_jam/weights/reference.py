@@ -18,10 +18,7 @@ GetTensor = Callable[[str], Tensor]
 
 def reference_logits(config: ModelConfig, get: GetTensor, tokens: Tensor) -> Tensor:
     """Logits [B, S, V] of `tokens` int64 [B, S], in the dtype of the tensors that `get` returns."""
-    places = torch.arange(tokens.shape[1]) + config.position_offset
-    table = get("embedding.tokens.weight")
-    start = table[tokens] + get("embedding.positions.weight")[places]
-    states = {name: start for name in config.tower_names}
+    states = {name: _embed(config, get, name, tokens) for name in config.tower_names}
     for layer in range(config.num_layers):
         for name, tower in config.towers.items():
             states[name] = _layer(tower, get, f"layers.{layer}.{name}", states[name])
@@ -32,13 +29,33 @@ def reference_logits(config: ModelConfig, get: GetTensor, tokens: Tensor) -> Ten
                 IMAGE: _bridge(towers[IMAGE], get, f"bridges.{layer}.{IMAGE}", image, text),
                 TEXT: _bridge(towers[TEXT], get, f"bridges.{layer}.{TEXT}", text, image),
             }
+    if config.separate:
+        return _separate_logits(config, get, states)
     if config.is_pair:
         joined = torch.cat([states[IMAGE], states[TEXT]], dim=-1)
         hidden = joined @ get("head.projection.weight").T
     else:
         (hidden,) = states.values()
     tower = config.towers[config.tower_names[0]]
-    return _norm(tower, get, "head.norm", hidden) @ table.T
+    return _norm(tower, get, "head.norm", hidden) @ get("embedding.tokens.weight").T
+
+
+def _embed(config: ModelConfig, get: GetTensor, name: str, tokens: Tensor) -> Tensor:
+    room = f"embedding.{name}" if config.separate else "embedding"
+    places = torch.arange(tokens.shape[1]) + config.position_offset
+    return get(f"{room}.tokens.weight")[tokens] + get(f"{room}.positions.weight")[places]
+
+
+def _separate_logits(config: ModelConfig, get: GetTensor, states: dict[str, Tensor]) -> Tensor:
+    first, count = config.text_ids
+    logits = {
+        name: _norm(tower, get, f"head.{name}.norm", states[name])
+        @ get(f"embedding.{name}.tokens.weight").T
+        for name, tower in config.towers.items()
+    }
+    result = logits[IMAGE].clone()
+    result[..., first : first + count] = logits[TEXT][..., first : first + count]
+    return result
 
 
 def _layer(tower: TowerConfig, get: GetTensor, name: str, x: Tensor) -> Tensor:

@@ -137,3 +137,24 @@ def test_provenance(parents: tuple[Path, Path], tmp_path: Path) -> None:
         "seed": "3",
     }
     assert set(child.provenance["sha256"]) == set(child.names)
+
+
+def test_separate_towers_with_zero_bridges_are_both_parents(
+    parents: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Text ids have exactly the LLM's logits, all others exactly the image model's."""
+    child = make(parents, tmp_path / "child", separate=True, bridges="zero")
+    text, image = (WeightsFolder(p) for p in parents)
+    tokens = torch.randint(4, child.config.vocab_size, (2, 24), generator=torch.manual_seed(0))
+    logits = {
+        name: reference.reference_logits(folder.config, folder.read, tokens)
+        for name, folder in (("child", child), ("text", text), ("image", image))
+    }
+    rows = slice(pico_vocabulary().text.start, pico_vocabulary().text.stop)
+    is_text = torch.zeros(child.config.vocab_size, dtype=torch.bool)
+    is_text[rows] = True
+    assert torch.equal(logits["child"][..., is_text], logits["text"][..., is_text])
+    assert torch.equal(logits["child"][..., ~is_text], logits["image"][..., ~is_text])
+    moved = make(parents, tmp_path / "moved", separate=True, bridges="random")
+    other = reference.reference_logits(moved.config, moved.read, tokens)
+    assert float((other - logits["child"]).abs().max()) > 1e-3

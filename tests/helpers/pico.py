@@ -24,14 +24,16 @@ def pico_tokenizer() -> TextTokenizer:
 
 
 def pico_config(kind: str = "cross", *, num_layers: int = 4, **tower: object) -> ModelConfig:
-    """A tower ("tower") or a JAM-Cross ("cross") of width 32."""
+    """A tower ("tower") or a JAM-Cross ("cross", "separate") of width 32."""
     settings = {"num_layers": num_layers, "hidden_size": 32, "num_heads": 4, **tower}
-    names = ("image", "text") if kind == "cross" else ("main",)
+    names = ("main",) if kind == "tower" else ("image", "text")
     return ModelConfig(
         towers={name: TowerConfig(**settings) for name in names},  # type: ignore[arg-type]
         vocab_size=pico_vocabulary().size,
         max_positions=64,
         bridges=BridgeConfig(every=2),
+        separate=kind == "separate",
+        text_ids=list(pico_vocabulary().text) if kind == "separate" else [0, 0],
     )
 
 

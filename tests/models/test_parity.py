@@ -47,6 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     configs = {
         "tower": pico_config("tower"),
         "cross": pico_config("cross"),
+        "separate": pico_config("separate", bias=True, affine_norm=True),
         "affine": pico_config("cross", bias=True, affine_norm=True, activation="gelu"),
     }
     return {name: pico_folder(root / name, config) for name, config in configs.items()}
@@ -67,7 +68,7 @@ def batch_of(path: Path) -> dict[str, Tensor]:
     return random_batch(size, samples=SAMPLES, length=LENGTH)
 
 
-@pytest.mark.parametrize("kind", ["tower", "cross", "affine"])
+@pytest.mark.parametrize("kind", ["tower", "cross", "affine", "separate"])
 def test_one_rank_equals_reference(kind: str, folders: dict[str, Path], single: dict) -> None:
     folder = WeightsFolder(folders[kind])
     weights = {n: folder.read(n).requires_grad_() for n in folder.names}
@@ -85,7 +86,7 @@ def test_one_rank_equals_reference(kind: str, folders: dict[str, Path], single: 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["tower", "cross", "affine"])
+@pytest.mark.parametrize("kind", ["tower", "cross", "affine", "separate"])
 def test_layouts_agree(
     pool: WorkerPool, kind: str, layout: str, folders: dict[str, Path], single: dict
 ) -> None:

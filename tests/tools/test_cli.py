@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_evaluate_writes_perplexities(home: Path, tmp_path: Path) -> None:
     done = tool(
         "evaluate",
         *(json.dumps([str(home / "model")]), sets),
-        *("--context_length", "8", "--output", "result/perplexity.json"),
+        *("--context_length", "12", "--output", "result/perplexity.json"),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -140,8 +141,8 @@ def test_evaluate_writes_perplexities(home: Path, tmp_path: Path) -> None:
     documents = [np.append(rng.integers(4, 300, size=9), 2) for _ in range(5)]
     stream = torch.from_numpy(np.concatenate(documents))
     nats = []
-    for start in range(0, len(stream) - 1, 8):
-        block = stream[start : start + 9]
+    for start, end in pairwise([0, 9, 19, 29, 39, 49]):  # each document's last token
+        block = stream[start : end + 1]
         logits = reference_logits(folder.config, folder.read, block[None, :-1])[0]
         nats.append(F.cross_entropy(logits, block[1:], reduction="sum").item())
     due = math.exp(sum(nats) / 49)
