@@ -62,7 +62,7 @@ def fuse(recipe: FusionRecipe) -> ModelConfig:
 def _origin(parent: WeightsFolder) -> dict[str, Any]:
     """Where a parent comes from, without what it has written down of its own parents' tensors."""
     kept = {k: v for k, v in parent.provenance.items() if k not in ("sha256", "parents")}
-    return {"folder": str(parent.path), **kept}
+    return {"folder": str(parent.path), "sha256": parent.sha256, **kept}
 
 
 def check_parents(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe) -> None:

@@ -1,8 +1,6 @@
 """The one training loop: parents, continued pretraining and instruction tuning."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -191,12 +189,11 @@ class Training:
 
 def identity(config: RunConfig, folder: WeightsFolder) -> dict[str, Any]:
     """What makes a run's step n the same step n: its data, their order, and where it began."""
-    origin = json.dumps(folder.provenance["sha256"], sort_keys=True)
     return {
         "seed": config.seed,
         "global_batch_size": config.global_batch_size,
         "context_length": config.context_length,
         "data": dataclasses.asdict(config.data),
         "vocabulary": folder.vocabulary.sha256,
-        "weights": hashlib.sha256(origin.encode()).hexdigest(),
+        "weights": folder.sha256,
     }

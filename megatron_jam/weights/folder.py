@@ -99,6 +99,12 @@ class WeightsFolder:
         return tuple(self._files[self._place[name]].get_slice(name).get_shape())
 
     @property
+    def sha256(self) -> str:
+        """Of all tensors: the hash of their recorded hashes."""
+        recorded = json.dumps(self.provenance["sha256"], sort_keys=True)
+        return hashlib.sha256(recorded.encode()).hexdigest()
+
+    @property
     def image_tokenizer_sha256(self) -> str:
         """Of the image tokenizer whose codes these weights know; "" if they have seen none."""
         return self.provenance.get("image_tokenizer_sha256", "")
