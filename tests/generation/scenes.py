@@ -31,8 +31,10 @@ def talkative_folder(path: Path, kind: str, **tower: Any) -> Path:
     pico_folder(path, pico_config(kind, num_layers=3, **tower))
     (file,) = path.glob("model-*.safetensors")
     tensors = load_file(file)
-    tensors["embedding.tokens.weight"][VOCABULARY.break_] *= 8
-    tensors["embedding.tokens.weight"][VOCABULARY.eos] *= 5
+    for name, tensor in tensors.items():
+        if name.endswith("tokens.weight"):
+            tensor[VOCABULARY.break_] *= 8
+            tensor[VOCABULARY.eos] *= 5
     save_file(tensors, file)
     return path
 

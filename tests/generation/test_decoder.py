@@ -46,12 +46,13 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tower, a JAM-Cross, and one with biases and learnable norms."""
+    """A tower, JAM-Cross with shared and own tables, and one with biases and learnable norms."""
     root = tmp_path_factory.mktemp("decoder")
     affine = {"bias": True, "affine_norm": True, "activation": "gelu"}
     return {
         "tower": talkative_folder(root / "tower", "tower"),
         "cross": talkative_folder(root / "cross", "cross"),
+        "separate": talkative_folder(root / "separate", "separate"),
         "affine": talkative_folder(root / "affine", "cross", **affine),
     }
 
@@ -71,7 +72,7 @@ def lists(tokens: list[np.ndarray]) -> list[list[int]]:
     return [each.tolist() for each in tokens]
 
 
-@pytest.mark.parametrize("kind", ["tower", "cross", "affine"])
+@pytest.mark.parametrize("kind", ["tower", "cross", "affine", "separate"])
 @torch.inference_mode()
 def test_cache_gives_the_logits_of_whole_forwards(
     kind: str, folders: dict[str, Path], world: World
