@@ -93,7 +93,8 @@ def test_ranks_hold_every_weight_once(
     ranks = pool.run(parameter_shapes, parallel, config)
     assert len(ranks) == num_ranks
     split = {entry.module: entry.split for entry in parameter_table(config)}
-    copies = [held.pop(OUTPUT) for held in ranks if OUTPUT in held]
+    output = f"{OUTPUT}weight"
+    copies = [held.pop(output) for held in ranks if output in held]
     assert copies == [(161, 32)] * 2
     total = sum(
         torch.Size(shape).numel() / (1 if split[module] is not None else 2)
