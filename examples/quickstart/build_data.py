@@ -48,7 +48,7 @@ MAX_KINDS = 3
 MAX_SHARED_KINDS = 5
 VAGUE = frozenset(WORDS["vague"])
 # Other nouns of the text corpus, by lexicographer file, and those held out of it.
-NUM_OTHER_NOUNS = {"animal": 1000, "artifact": 1500, "food": 800, "plant": 900}
+NUM_OTHER_NOUNS = {"animal": 450, "artifact": 650, "food": 350, "plant": 350}
 NUM_OTHER_HELD_OUT = 100
 # One or two words in lower case, no plural.
 EVERYDAY_NAME = re.compile(r"[a-z]{3,}(?:[ -][a-z]+)?(?<![^su]s)")
@@ -125,6 +125,7 @@ def concept_text(concept: Concept, nouns: WordNet) -> dict[str, str]:
     phrase = noun_phrase(concept.name, concept.number)
     goes_with = "goes with the words" if len(words) > 1 else "goes with the word"
     sentences = [
+        question(concept.name, concept.number),
         concept.definition,
         *remarks(concept.number, concept.synset.gloss)[:2],
         chain_sentence(concept.name, concept.number, kinds) if kinds else "",
@@ -133,12 +134,16 @@ def concept_text(concept: Concept, nouns: WordNet) -> dict[str, str]:
     return {"id": concept.key, "text": " ".join(filter(None, sentences)), **CONCEPT_TEXT}
 
 
+def question(name: str, number: str) -> str:
+    """'What is a strawberry?'"""
+    return f"What {verb(number)} {noun_phrase(name, number)}?"
+
+
 def question_and_answer(concept: Concept, trained: list[Concept], nouns: WordNet) -> dict:
     """'What is a strawberry?' and its definition, picture and relatives."""
-    phrase = noun_phrase(concept.name, concept.number)
     return {
         "id": concept.key,
-        "question": f"What {verb(concept.number)} {phrase}?",
+        "question": question(concept.name, concept.number),
         "answer": [
             {"text": concept.definition},
             {"image": concept.key},
@@ -212,7 +217,7 @@ def noun_text(synset: Synset, nouns: WordNet) -> dict[str, str] | None:
     if not number or not meaning:
         return None
     kinds = nouns.kinds(synset)[:MAX_KINDS]
-    sentences = [meaning, *remarks(number, synset.gloss)[:2]]
+    sentences = [question(synset.lemmas[0], number), meaning, *remarks(number, synset.gloss)[:2]]
     if kinds:
         sentences.append(chain_sentence(synset.lemmas[0], number, kinds))
     synonyms = [lemma for lemma in synset.lemmas[1:] if EVERYDAY_NAME.fullmatch(lemma)]

@@ -151,14 +151,18 @@ def digest(text: str) -> str:
 
 
 def caption(concept: Concept) -> str:
-    """'strawberry: berry, fruit': the name and up to three keywords that say something new."""
+    """'A strawberry: berry, fruit': the name and up to three keywords that say something new.
+
+    The name stands behind its article as it does in texts, so that its tokens are the same there.
+    """
     said, words = concept.name.lower(), []
     for word in concept.keywords:
         known = said.split() + [part for other in words for part in other.split()]
         new = not any(alike(part, k) for part in word.split() for k in known)
         if new and word.islower() and word not in DULL_KEYWORDS:
             words.append(word)
-    return f"{concept.name}: {', '.join(words[:3] or [concept.kind])}"
+    phrase = noun_phrase(concept.name, concept.number)
+    return f"{phrase[0].upper()}{phrase[1:]}: {', '.join(words[:3] or [concept.kind])}"
 
 
 def alike(word: str, other: str) -> bool:
