@@ -54,7 +54,7 @@ def main(data: Path, output: Path) -> None:
     plot_losses(output, output / "losses.png")
     sections = [
         Section(
-            text="An LLM and a text-to-image model, each of two million weights, were trained on"
+            text="An LLM and a text-to-image model, each of four million weights, were trained on"
             " definitions and on captioned pictures, fused into JAM-Cross, trained on both, and"
             " tuned on illustrated answers. Everything below was written by the fused model."
         ),
