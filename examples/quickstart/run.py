@@ -125,7 +125,7 @@ def results() -> list[Stage]:
     names = ("text_heldout", "pairs", "pairs_heldout")
     sets = ",".join(f"{{name: {name}, path: {SETS / name}}}" for name in names)
     perplexity, questions = OUT / "perplexity.json", OUT / "questions.txt"
-    options = ["--context_length=160", f"--output={perplexity}"]
+    options = ["--context_length=88", f"--output={perplexity}"]
     weights, written = OUT / "instruct" / "weights", OUT / "generation"
     # Milder than the paper's for 7B towers: guidance 3.5 to 4, temperature 1.
     sampling = [f"--questions_file={questions}", "--sampling.guidance_scale=1.5"]

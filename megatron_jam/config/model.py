@@ -16,7 +16,11 @@ PAIR = (IMAGE, TEXT)
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """A decoder-only transformer: pre-norm layers of causal self-attention and an FFN."""
+    """A decoder-only transformer: pre-norm layers of causal self-attention and an FFN.
+
+    The defaults are CM3leon's. OPT has `bias` and `affine_norm`; Llama `affine_norm`, norm rms,
+    positions rope, activation silu, `gated` and often `num_kv_heads`; Chameleon besides `qk_norm`.
+    """
 
     num_layers: int
     """Layers."""
@@ -27,20 +31,41 @@ class TowerConfig:
     num_heads: int
     """Attention heads; d / heads is the head size."""
 
+    num_kv_heads: int = 0
+    """Heads of keys and values, each read by num_heads / num_kv_heads query heads (grouped
+    queries); 0 means num_heads."""
+
     ffn_size: int = 0
     """Inner width of the FFN; 0 means 4 d."""
 
-    activation: Literal["relu", "gelu"] = "relu"
+    activation: Literal["relu", "gelu", "silu"] = "relu"
     """FFN activation; gelu is the tanh form."""
+
+    gated: bool = False
+    """Whether the FFN is fc2(activation(gate(x)) * fc1(x)), SwiGLU with silu, and not
+    fc2(activation(fc1(x)))."""
 
     bias: bool = False
     """Biases in all linear layers."""
 
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm, or RMSNorm, which neither centres nor shifts."""
+
     affine_norm: bool = False
-    """Learnable scale and shift in the layer norms."""
+    """Learnable scale in the norms, and shift in LayerNorms."""
 
     norm_epsilon: float = 1e-5
-    """Added to the variance in layer norms."""
+    """Added to the variance (rms: mean square) in norms."""
+
+    qk_norm: bool = False
+    """LayerNorm over each head's query and key before the rotation, scale and shift of each head's
+    own (Chameleon)."""
+
+    positions: Literal["learned", "rope"] = "learned"
+    """A learned row is added to each token, or queries and keys are rotated (RoPE, halves)."""
+
+    rope_base: float = 10000.0
+    """RoPE's base: pair i of a head of size H turns by base^(-2i/H) radians a position."""
 
     def __post_init__(self) -> None:
         check_types(self, "tower ")
@@ -51,6 +76,27 @@ class TowerConfig:
             raise UsageError(
                 f"tower num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
             )
+        if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
+            raise UsageError(
+                f"tower num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}"
+            )
+        if self.positions == "rope" and self.head_size % 2:
+            raise UsageError(
+                f"tower head size {self.head_size} (hidden_size / num_heads) is odd; RoPE turns"
+                " pairs: choose an even one"
+            )
+        if not self.rope_base > 0:
+            raise UsageError(f"tower rope_base is {self.rope_base}; it must be above 0")
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
 
     @property
     def inner_size(self) -> int:
@@ -90,6 +136,9 @@ class ModelConfig:
     position_offset: int = 2
     """Unused rows in front of the position table (OPT's convention)."""
 
+    tied: bool = True
+    """Whether output rows are the token table's; False gives the head rows of its own."""
+
     separate: bool = False
     """Two towers with token tables, positions and outputs of their own, and no projection: rows of
     text ids read the text tower, all other rows the image tower. With zero bridges such a model
@@ -119,6 +168,8 @@ class ModelConfig:
             for name in ("num_layers", "hidden_size"):
                 if getattr(image, name) != getattr(text, name):
                     raise UsageError(f"towers image and text differ in {name}")
+            if image.positions != text.positions and not self.separate:
+                raise UsageError("towers image and text differ in positions; set separate: true")
         for name in ("vocab_size", "max_positions"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")

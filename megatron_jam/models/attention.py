@@ -1,4 +1,4 @@
-"""Causal attention on already projected heads, with an optional key-value cache.
+"""Causal attention on already projected heads, rotation, and an optional key-value cache.
 
 Shape letters: S sequence, B batch, N heads, H head size.
 """
@@ -6,8 +6,48 @@ Shape letters: S sequence, B batch, N heads, H head size.
 from typing import Any
 
 import torch
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from megatron_jam.models.norms import HeadNorm
+
+
+def rotary_angles(positions: Tensor, head_size: int, base: float, dtype: torch.dtype) -> Tensor:
+    """Angles of RoPE as Megatron's attention takes them.
+
+    Args:
+        positions: int64 [B, S].
+        head_size: H, even; element i turns together with element i + H / 2.
+        base: pair i turns by base^(-2i/H) radians a position.
+        dtype: of the model; angles are float32 at least.
+
+    Returns:
+        Radians [S, B, 1, H].
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    pairs = torch.arange(0, head_size, 2, device=positions.device).to(exact)
+    angles = positions.T.to(exact)[:, :, None, None] / base ** (pairs / head_size)
+    return torch.cat([angles, angles], dim=-1)
+
+
+class NormedSelfAttention(SelfAttention):
+    """Self-attention with Chameleon's norms of queries and keys, before the rotation.
+
+    Megatron's own switch sums the gradients of these norms over tensor-parallel ranks, by their
+    names; ours are each rank's own, hence the other names.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        size, dtype = self.hidden_size_per_attention_head, self.config.params_dtype
+        self.norm_of_q = HeadNorm(self.num_attention_heads_per_partition, size, dtype)
+        self.norm_of_k = HeadNorm(self.num_query_groups_per_partition, size, dtype)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Queries, keys and values, [S, B, heads of this rank, H] each."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        return self.norm_of_q(query), self.norm_of_k(key), value
 
 
 class CausalAttention(nn.Module):
@@ -26,8 +66,8 @@ class CausalAttention(nn.Module):
 
         Args:
             query: [S, B, N, H].
-            key: [S, B, N, H].
-            value: [S, B, N, H].
+            key: [S, B, N or a divisor of it, H]; N / theirs query heads read each of its heads.
+            value: as the key.
 
         Returns:
             [S, B, N*H].
@@ -39,6 +79,9 @@ class CausalAttention(nn.Module):
         elif q.dtype is torch.bfloat16 and q.device.type == "cpu":
             # There torch's kernel for the gradient is three times slower in bf16 than in fp32.
             q, k, v = q.float(), k.float(), v.float()
+        group = q.shape[1] // k.shape[1]
+        if group > 1:
+            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         out = out.to(query.dtype)
         length, batch = query.shape[:2]

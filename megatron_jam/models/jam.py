@@ -4,6 +4,7 @@ Shape letters: S sequence, B batch, d width, V vocabulary.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.model import ModelConfig
+from megatron_jam.config.model import ModelConfig, TowerConfig
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.models.layers import JointLayer, LayerNorm, engine_config
+from megatron_jam.models.attention import rotary_angles
+from megatron_jam.models.layers import JointLayer, engine_config
 from megatron_jam.models.loss import vocab_parallel_cross_entropy
+from megatron_jam.models.norms import NORMS
 from megatron_jam.models.stages import stage_layers
 from megatron_jam.parallel.world import World
 
@@ -66,23 +69,20 @@ class JamModel(MegatronModule):
         self.pre_process = world.pipeline.is_first and chunk == 0
         self.post_process = world.pipeline.is_last and chunk == parallel.interleave - 1
         self.vp_stage = chunk if parallel.interleave > 1 else None
-        engines = {
-            name: engine_config(tower, parallel, dtype, recompute)
-            for name, tower in model.towers.items()
-        }
+        engine = partial(engine_config, parallel=parallel, dtype=dtype, recompute=recompute)
         joint = self.config
         if self.pre_process:
             self.embedding: nn.Module = (
-                nn.ModuleDict({n: Embedding(model, joint, world) for n in model.tower_names})
+                nn.ModuleDict({n: Embedding(model, n, joint, world) for n in model.tower_names})
                 if model.separate
-                else Embedding(model, joint, world)
+                else Embedding(model, model.tower_names[0], joint, world)
             )
         self.layers = nn.ModuleDict(
-            {str(i): JointLayer(model, i, engines, world.groups) for i in self.layer_range}
+            {str(i): JointLayer(model, i, engine, world.groups) for i in self.layer_range}
         )
         if self.post_process:
             head = SeparateHead if model.separate else Head
-            self.head = head(model, joint, world, tied=self.pre_process)
+            self.head = head(model, joint, world, reads_tables=model.tied and self.pre_process)
         self._received: Tensor | None = None
         self.to(world.device)
 
@@ -106,7 +106,8 @@ class JamModel(MegatronModule):
         states = self.run_layers(tokens, positions)
         if not self.post_process:
             return torch.cat(states, dim=-1) if len(states) > 1 else states[0]
-        logits = self.head(states, self._tables() if self.pre_process else None)
+        reads_tables = self.model_config.tied and self.pre_process
+        logits = self.head(states, self._tables() if reads_tables else None)
         return logits if labels is None else self._loss(logits, labels)
 
     def run_layers(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
@@ -115,12 +116,23 @@ class JamModel(MegatronModule):
         Without the head this is how a prompt fills a KeyValueCache.
         """
         states = self._enter(tokens, positions)
+        angles = self._angles(positions)
         for layer in self.layers.values():
             if self.recompute and self.training:
-                states = tensor_parallel.checkpoint(layer, False, *states)
+                states = tensor_parallel.checkpoint(partial(layer, angles), False, *states)
             else:
-                states = layer(*states)
+                states = layer(angles, *states)
         return states
+
+    def _angles(self, positions: Tensor) -> list[Tensor | None]:
+        """What each tower's attention turns its queries and keys by."""
+        towers = (self.model_config.towers[name] for name in self.model_config.tower_names)
+        return [
+            rotary_angles(positions, tower.head_size, tower.rope_base, self.config.params_dtype)
+            if tower.positions == "rope"
+            else None
+            for tower in towers
+        ]
 
     def _enter(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         towers = self.model_config.towers
@@ -144,6 +156,8 @@ class JamModel(MegatronModule):
 
     def tied_weights(self) -> list[nn.Parameter]:
         """Tables that the first and the last stage each hold a copy of, in a fixed order."""
+        if not self.model_config.tied:
+            return []
         if self.pre_process and not self.post_process:
             return self._tables()
         if self.post_process and not self.pre_process:
@@ -158,9 +172,12 @@ class JamModel(MegatronModule):
 
 
 class Embedding(nn.Module):
-    """Token rows, split over tensor-parallel ranks by vocabulary, plus learned positions."""
+    """Token rows, split over tensor-parallel ranks by vocabulary, plus learned positions if the
+    tower has them."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, world: World) -> None:
+    def __init__(
+        self, model: ModelConfig, tower: str, config: TransformerConfig, world: World
+    ) -> None:
         super().__init__()
         d = model.hidden_size
         self.offset = model.position_offset
@@ -174,12 +191,16 @@ class Embedding(nn.Module):
             config=config,
             tp_group=self.group,
         )
-        rows = model.max_positions + self.offset
-        self.positions = nn.Embedding(rows, d, dtype=config.params_dtype)
+        self.positions: nn.Embedding | None = None
+        if model.towers[tower].positions == "learned":
+            rows = model.max_positions + self.offset
+            self.positions = nn.Embedding(rows, d, dtype=config.params_dtype)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """int64 [B, S] twice -> [S, B, d] (S / TP with sequence parallelism)."""
         words = self.tokens(tokens)
+        if self.positions is None:
+            return words if self.sequence_parallel else words.transpose(0, 1).contiguous()
         places = self.positions(positions + self.offset).transpose(0, 1)
         if not self.sequence_parallel:
             return words.transpose(0, 1) + places
@@ -191,7 +212,7 @@ class Head(nn.Module):
     """States -> logits: for two towers [image ; text] -> Linear(2d, d); then norm, tied rows."""
 
     def __init__(
-        self, model: ModelConfig, config: TransformerConfig, world: World, *, tied: bool
+        self, model: ModelConfig, config: TransformerConfig, world: World, *, reads_tables: bool
     ) -> None:
         super().__init__()
         d = model.hidden_size
@@ -199,8 +220,8 @@ class Head(nn.Module):
         if model.is_pair:
             self.projection = nn.Linear(2 * d, d, bias=False, dtype=config.params_dtype)
             self.projection.weight.sequence_parallel = config.sequence_parallel
-        self.norm = LayerNorm(config, d, tower.norm_epsilon, affine=tower.affine_norm)
-        self.output = _output(model, config, world, tied=tied)
+        self.norm = _last_norm(tower, config)
+        self.output = _output(model, config, world, reads_tables)
         self.num_real = num_real_rows(model.vocab_size, world)
 
     def forward(self, states: tuple[Tensor, ...], tables: list[nn.Parameter] | None) -> Tensor:
@@ -216,16 +237,13 @@ class SeparateHead(nn.Module):
     """Each tower's states -> its own norm and tied rows; text ids are the text tower's to say."""
 
     def __init__(
-        self, model: ModelConfig, config: TransformerConfig, world: World, *, tied: bool
+        self, model: ModelConfig, config: TransformerConfig, world: World, *, reads_tables: bool
     ) -> None:
         super().__init__()
         self.norm, self.output = nn.ModuleDict(), nn.ModuleDict()
         for name in model.tower_names:
-            tower = model.towers[name]
-            self.norm[name] = LayerNorm(
-                config, model.hidden_size, tower.norm_epsilon, affine=tower.affine_norm
-            )
-            self.output[name] = _output(model, config, world, tied=tied)
+            self.norm[name] = _last_norm(model.towers[name], config)
+            self.output[name] = _output(model, config, world, reads_tables)
         self.num_real = num_real_rows(model.vocab_size, world)
         local = padded_vocabulary(model.vocab_size, world.tensor.size) // world.tensor.size
         ids = torch.arange(local) + world.tensor.rank * local
@@ -244,17 +262,22 @@ class SeparateHead(nn.Module):
         return torch.where(self.is_text, text, image)
 
 
+def _last_norm(tower: TowerConfig, config: TransformerConfig) -> nn.Module:
+    norm = NORMS[tower.norm]
+    return norm(config, tower.hidden_size, tower.norm_epsilon, affine=tower.affine_norm)
+
+
 def _output(
-    model: ModelConfig, config: TransformerConfig, world: World, *, tied: bool
+    model: ModelConfig, config: TransformerConfig, world: World, reads_tables: bool
 ) -> ColumnParallelLinear:
-    """The output rows; with `tied` they are the first stage's table, given to each call."""
+    """The output rows; if it `reads_tables` they are the embedding's, given to each call."""
     return ColumnParallelLinear(
         model.hidden_size,
         padded_vocabulary(model.vocab_size, world.tensor.size),
         config=config,
         init_method=nn.init.zeros_,
         bias=False,
-        skip_weight_param_allocation=tied,
+        skip_weight_param_allocation=reads_tables,
         tp_group=world.groups.tp,
     )
 
@@ -303,7 +326,12 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse a layout that the model cannot take, naming the setting."""
     tensor = parallel.tensor
     for name, tower in model.towers.items():
-        for setting, value in (("num_heads", tower.num_heads), ("ffn_size", tower.inner_size)):
+        divided = {
+            "num_heads": tower.num_heads,
+            "num_kv_heads": tower.kv_heads,
+            "ffn_size": tower.inner_size,
+        }
+        for setting, value in divided.items():
             if value % tensor:
                 raise UsageError(
                     f"parallel.tensor {tensor} does not divide {setting} {value} of tower {name};"

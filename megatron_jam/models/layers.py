@@ -1,5 +1,7 @@
 """Layer specs: how a tower's layer and a bridge are put together from Megatron-Core's parts."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,21 +27,8 @@ from torch.nn import functional as F
 
 from megatron_jam.config.model import IMAGE, TEXT, ModelConfig, TowerConfig
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.models.attention import CausalAttention
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm with or without learnable parameters, fit for sequence parallelism.
-
-    Megatron's own norms always have parameters, and its local one refuses sequence parallelism.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, affine: bool = False
-    ) -> None:
-        super().__init__(hidden_size, eps, elementwise_affine=affine, dtype=config.params_dtype)
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+from megatron_jam.models.attention import CausalAttention, NormedSelfAttention
+from megatron_jam.models.norms import NORMS
 
 
 def engine_config(
@@ -50,8 +39,10 @@ def engine_config(
         num_layers=tower.num_layers,
         hidden_size=tower.hidden_size,
         num_attention_heads=tower.num_heads,
+        num_query_groups=tower.kv_heads,
         ffn_hidden_size=tower.inner_size,
-        activation_func=F.relu if tower.activation == "relu" else _gelu_tanh,
+        activation_func=ACTIVATIONS[tower.activation],
+        gated_linear_unit=tower.gated,
         add_bias_linear=tower.bias,
         layernorm_epsilon=tower.norm_epsilon,
         hidden_dropout=0.0,
@@ -76,8 +67,15 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": _gelu_tanh,
+    "silu": F.silu,
+}
+
+
 def _norm(tower: TowerConfig) -> ModuleSpec:
-    return ModuleSpec(module=LayerNorm, params={"affine": tower.affine_norm})
+    return ModuleSpec(module=NORMS[tower.norm], params={"affine": tower.affine_norm})
 
 
 def _mlp() -> ModuleSpec:
@@ -90,7 +88,7 @@ def _mlp() -> ModuleSpec:
 def tower_layer_spec(tower: TowerConfig) -> ModuleSpec:
     """norm -> causal self-attention -> add; norm -> FFN -> add."""
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=NormedSelfAttention if tower.qk_norm else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -144,29 +142,36 @@ class JointLayer(nn.Module):
         self,
         model: ModelConfig,
         layer: int,
-        engines: dict[str, TransformerConfig],
+        engine: Callable[[TowerConfig], TransformerConfig],
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__()
+        towers = {name: model.towers[name] for name in model.tower_names}
 
-        def build(spec: ModuleSpec, name: str) -> Any:
-            engine = engines[name]
-            return build_module(spec, config=engine, layer_number=layer + 1, pg_collection=groups)
+        def build(spec: Callable[[TowerConfig], ModuleSpec], tower: TowerConfig) -> Any:
+            settings = {"layer_number": layer + 1, "pg_collection": groups}
+            return build_module(spec(tower), config=engine(tower), **settings)
 
-        towers = model.towers
         self.towers = nn.ModuleDict(
-            {name: build(tower_layer_spec(towers[name]), name) for name in model.tower_names}
+            {name: build(tower_layer_spec, tower) for name, tower in towers.items()}
         )
+        if not model.has_bridge(layer):
+            towers = {}
+        # A bridge has as many heads for keys and values as for queries.
         self.bridges = nn.ModuleDict(
-            {name: build(bridge_spec(towers[name]), name) for name in model.tower_names}
-            if model.has_bridge(layer)
-            else {}
+            {
+                name: build(bridge_spec, replace(tower, num_kv_heads=0))
+                for name, tower in towers.items()
+            }
         )
 
-    def forward(self, *states: Tensor) -> tuple[Tensor, ...]:
-        """Map each tower's states [S, B, d] to its next ones."""
-        towers = zip(self.towers.values(), states, strict=True)
-        states = tuple(tower(state, attention_mask=None)[0] for tower, state in towers)
+    def forward(self, angles: Sequence[Tensor | None], *states: Tensor) -> tuple[Tensor, ...]:
+        """Map each tower's states [S, B, d] to its next ones, `angles` as of `rotary_angles`."""
+        towers = zip(self.towers.values(), states, angles, strict=True)
+        states = tuple(
+            tower(state, attention_mask=None, rotary_pos_emb=turn)[0]
+            for tower, state, turn in towers
+        )
         if not self.bridges:
             return states
         # Both directions read the states from before either update.

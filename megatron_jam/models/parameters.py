@@ -39,10 +39,11 @@ class Parameter:
     """Parameter of JamModel that holds it."""
 
     part: tuple[int, int] = (0, 1)
-    """It is part i of n of that parameter, interleaved with the others head by head."""
+    """It is part i of n of that parameter."""
 
-    head_size: int = 1
-    """Rows of a head, for interleaving."""
+    unit: int = 0
+    """Rows of it that stand together there, followed by the next part's: those of a head or of a
+    group of them; 0 for all of a rank's rows."""
 
     is_vocabulary: bool = False
     """Whether its rows are token ids, which tensor parallelism pads in memory."""
@@ -72,9 +73,10 @@ def _embedding(config: ModelConfig) -> Iterator[Parameter]:
         yield Parameter(
             name=tokens, shape=size, split=0, tower=tower, module=tokens, is_vocabulary=True
         )
-        yield Parameter(
-            name=positions, shape=(rows, d), start="position", tower=tower, module=positions
-        )
+        if config.towers[tower or config.tower_names[0]].positions == "learned":
+            yield Parameter(
+                name=positions, shape=(rows, d), start="position", tower=tower, module=positions
+            )
 
 
 def of_tower(name: str, tower: str | None) -> str:
@@ -98,9 +100,15 @@ def _layer(tower: TowerConfig, layer: int, name: str) -> Iterator[Parameter]:
     canonical, module = f"layers.{layer}.{name}", f"layers.{layer}.towers.{name}"
     place = {"layer": layer, "tower": name}
     yield from _norm(tower, f"{canonical}.attention_norm", f"{module}.input_layernorm", place)
-    for i, kind in enumerate("qkv"):
-        fused = f"{module}.self_attention.linear_qkv"
-        yield from _heads(tower, f"{canonical}.attention.{kind}", fused, (i, 3), place)
+    fused = f"{module}.self_attention.linear_qkv"
+    for i, (kind, heads) in enumerate(_heads_of(tower)):
+        held = {"module": fused, "split": 0, "part": (i, 3)}
+        # Megatron lays out each group: its query heads, its key head, its value head.
+        held["unit"] = heads // tower.kv_heads * tower.head_size
+        shape = (heads * tower.head_size, tower.hidden_size)
+        yield from _linear(tower, f"{canonical}.attention.{kind}", shape, held, place)
+    if tower.qk_norm:
+        yield from _head_norms(tower, canonical, f"{module}.self_attention", place)
     proj = f"{module}.self_attention.linear_proj"
     yield from _row(tower, f"{canonical}.attention.out", proj, tower.hidden_size, place)
     yield from _ffn(tower, canonical, module, place)
@@ -116,15 +124,15 @@ def _bridge(config: ModelConfig, layer: int, name: str) -> Iterator[Parameter]:
     yield from _norm(
         tower, f"{canonical}.attention_norm", f"{module}.pre_cross_attn_layernorm", place
     )
+    d = tower.hidden_size
     for kind, fused, part in (
         ("q", "linear_q", (0, 1)),
         ("k", "linear_kv", (0, 2)),
         ("v", "linear_kv", (1, 2)),
     ):
-        weights = _heads(
-            tower, f"{canonical}.attention.{kind}", f"{attention}.{fused}", part, place, "xavier"
-        )
-        yield from weights
+        held = {"module": f"{attention}.{fused}", "split": 0, "part": part}
+        held["unit"] = tower.head_size
+        yield from _linear(tower, f"{canonical}.attention.{kind}", (d, d), held, place, "xavier")
     proj = f"{attention}.linear_proj"
     yield from _row(tower, f"{canonical}.attention.out", proj, tower.hidden_size, place, output)
     yield from _ffn(tower, canonical, module, place, output)
@@ -135,23 +143,33 @@ def _ffn(
 ) -> Iterator[Parameter]:
     inner = tower.inner_size
     yield from _norm(tower, f"{canonical}.ffn_norm", f"{module}.pre_mlp_layernorm", place)
-    fc1 = {"module": f"{module}.mlp.linear_fc1", "split": 0}
-    yield from _linear(tower, f"{canonical}.ffn.fc1", (inner, tower.hidden_size), fc1, place)
+    names = ("gate", "fc1") if tower.gated else ("fc1",)
+    for i, name in enumerate(names):
+        held = {"module": f"{module}.mlp.linear_fc1", "split": 0, "part": (i, len(names))}
+        shape = (inner, tower.hidden_size)
+        yield from _linear(tower, f"{canonical}.ffn.{name}", shape, held, place)
     yield from _row(tower, f"{canonical}.ffn.fc2", f"{module}.mlp.linear_fc2", inner, place, output)
 
 
-def _heads(
-    tower: TowerConfig,
-    name: str,
-    module: str,
-    part: tuple[int, int],
-    place: dict,
-    start: Start = "normal",
+def _heads_of(tower: TowerConfig) -> list[tuple[str, int]]:
+    """The projections of a self-attention, and the heads of each."""
+    return [("q", tower.num_heads), ("k", tower.kv_heads), ("v", tower.kv_heads)]
+
+
+def _head_norms(
+    tower: TowerConfig, canonical: str, module: str, place: dict
 ) -> Iterator[Parameter]:
-    """A projection to heads: rows are split, and fused with its siblings head by head."""
-    d = tower.hidden_size
-    held = {"module": module, "split": 0, "part": part, "head_size": d // tower.num_heads}
-    yield from _linear(tower, name, (d, d), held, place, start)
+    """Chameleon's norms of queries and keys; each head has rows of its own."""
+    for letter, heads in _heads_of(tower)[:2]:
+        for kind, start in (("weight", "one"), ("bias", "zero")):
+            yield Parameter(
+                name=f"{canonical}.attention.{letter}_norm.{kind}",
+                shape=(heads, tower.head_size),
+                split=0,
+                start=start,
+                module=f"{module}.norm_of_{letter}.{kind}",
+                **place,
+            )
 
 
 def _row(
@@ -181,19 +199,34 @@ def _linear(
 def _norm(tower: TowerConfig, name: str, module: str, place: dict) -> Iterator[Parameter]:
     if tower.affine_norm:
         shape = (tower.hidden_size,)
-        for kind, start in (("weight", "one"), ("bias", "zero")):
+        kinds: list[tuple[str, Start]] = [("weight", "one")]
+        kinds += [("bias", "zero")] if tower.norm == "layer" else []
+        for kind, start in kinds:
             yield Parameter(
                 name=f"{name}.{kind}", shape=shape, start=start, module=f"{module}.{kind}", **place
             )
 
 
 def _head(config: ModelConfig) -> Iterator[Parameter]:
-    d = config.hidden_size
+    d, tied = config.hidden_size, config.tied
     if config.separate:
         for name, tower in config.towers.items():
             yield from _norm(tower, f"head.{name}.norm", f"head.norm.{name}", {"tower": name})
+            yield from () if tied else _output(config, f"head.{name}.output", f"head.output.{name}")
         return
     if config.is_pair:
         start: Start = "half" if config.projection_start == "half" else "projection"
         yield Parameter(name=PROJECTION, shape=(d, 2 * d), start=start, module=PROJECTION)
     yield from _norm(config.towers[config.tower_names[0]], "head.norm", "head.norm", {})
+    yield from () if tied else _output(config, "head.output", "head.output")
+
+
+def _output(config: ModelConfig, name: str, module: str) -> Iterator[Parameter]:
+    """Output rows that are not the token table's."""
+    yield Parameter(
+        name=f"{name}.weight",
+        shape=(config.vocab_size, config.hidden_size),
+        split=0,
+        module=f"{module}.weight",
+        is_vocabulary=True,
+    )

@@ -44,7 +44,7 @@ def holders(model: JamModel) -> list[Holder]:
         by_module[entry.module].append(entry)
     found = []
     for name, parameter in model.named_parameters():
-        is_copy = name.startswith(OUTPUT)
+        is_copy = model.model_config.tied and name.startswith(OUTPUT)
         tower = name.removeprefix(OUTPUT).removesuffix("weight").rstrip(".") or None
         key = of_tower(TOKENS, tower) if is_copy else name
         parts = tuple(by_module[key])
@@ -86,21 +86,22 @@ def read_holder(holder: Holder, tensor: Axis, read: ReadSlice) -> Tensor:
 
 
 def pack(tensors: Sequence[Tensor], parts: Sequence[Parameter]) -> Tensor:
-    """Fuse [rows, ...] of n projections head by head, as Megatron lays out qkv and kv."""
+    """Fuse [rows, ...] of n projections unit by unit, as Megatron lays out qkv, kv and gates."""
     if len(parts) == 1:
         return tensors[0]
-    ordered = [t for _, t in sorted(zip(parts, tensors, strict=True), key=lambda x: x[0].part)]
-    heads = [t.unflatten(0, (-1, parts[0].head_size)) for t in ordered]
-    return torch.stack(heads, dim=1).flatten(0, 2)
+    ordered = sorted(zip(parts, tensors, strict=True), key=lambda pair: pair[0].part)
+    units = [tensor.unflatten(0, (-1, part.unit or len(tensor))) for part, tensor in ordered]
+    return torch.cat(units, dim=1).flatten(0, 1)
 
 
 def unpack(fused: Tensor, parts: Sequence[Parameter]) -> dict[str, Tensor]:
     """Undo `pack`: the local slice of each logical weight by canonical name."""
     if len(parts) == 1:
         return {parts[0].name: fused}
-    n, head_size = parts[0].part[1], parts[0].head_size
-    separate = fused.unflatten(0, (-1, n, head_size)).unbind(1)
-    return {part.name: separate[part.part[0]].flatten(0, 1) for part in parts}
+    ordered = sorted(parts, key=lambda part: part.part)
+    rows = [part.unit or len(fused) // len(parts) for part in ordered]
+    units = fused.unflatten(0, (-1, sum(rows))).split(rows, dim=1)
+    return {part.name: unit.flatten(0, 1) for part, unit in zip(ordered, units, strict=True)}
 
 
 def logical_gradients(model: JamModel, gradient: Callable[[nn.Parameter], Tensor]) -> dict:

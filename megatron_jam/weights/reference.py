@@ -37,20 +37,24 @@ def reference_logits(config: ModelConfig, get: GetTensor, tokens: Tensor) -> Ten
     else:
         (hidden,) = states.values()
     tower = config.towers[config.tower_names[0]]
-    return _norm(tower, get, "head.norm", hidden) @ get("embedding.tokens.weight").T
+    rows = "embedding.tokens.weight" if config.tied else "head.output.weight"
+    return _norm(tower, get, "head.norm", hidden) @ get(rows).T
 
 
 def _embed(config: ModelConfig, get: GetTensor, name: str, tokens: Tensor) -> Tensor:
     room = f"embedding.{name}" if config.separate else "embedding"
+    words = get(f"{room}.tokens.weight")[tokens]
+    if config.towers[name].positions == "rope":
+        return words
     places = torch.arange(tokens.shape[1]) + config.position_offset
-    return get(f"{room}.tokens.weight")[tokens] + get(f"{room}.positions.weight")[places]
+    return words + get(f"{room}.positions.weight")[places]
 
 
 def _separate_logits(config: ModelConfig, get: GetTensor, states: dict[str, Tensor]) -> Tensor:
     first, count = config.text_ids
+    rows = "embedding.{}.tokens.weight" if config.tied else "head.{}.output.weight"
     logits = {
-        name: _norm(tower, get, f"head.{name}.norm", states[name])
-        @ get(f"embedding.{name}.tokens.weight").T
+        name: _norm(tower, get, f"head.{name}.norm", states[name]) @ get(rows.format(name)).T
         for name, tower in config.towers.items()
     }
     result = logits[IMAGE].clone()
@@ -60,32 +64,71 @@ def _separate_logits(config: ModelConfig, get: GetTensor, states: dict[str, Tens
 
 def _layer(tower: TowerConfig, get: GetTensor, name: str, x: Tensor) -> Tensor:
     inner = _norm(tower, get, f"{name}.attention_norm", x)
-    x = x + _attention(tower, get, f"{name}.attention", inner, inner)
+    q = _heads(tower, get, f"{name}.attention.q", inner)
+    k = _heads(tower, get, f"{name}.attention.k", inner)
+    v = _heads(tower, get, f"{name}.attention.v", inner)
+    if tower.qk_norm:
+        q = _head_norm(get, f"{name}.attention.q_norm", q)
+        k = _head_norm(get, f"{name}.attention.k_norm", k)
+    if tower.positions == "rope":
+        q, k = _rotate(q, tower.rope_base), _rotate(k, tower.rope_base)
+    # Query head n reads key and value head n // group.
+    group = tower.num_heads // tower.kv_heads
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    x = x + _linear(tower, get, f"{name}.attention.out", _attend(q, k, v))
     return x + _ffn(tower, get, name, x)
 
 
 def _bridge(tower: TowerConfig, get: GetTensor, name: str, x: Tensor, other: Tensor) -> Tensor:
-    inner = _norm(tower, get, f"{name}.attention_norm", x)
-    x = x + _attention(tower, get, f"{name}.attention", inner, other)
+    q = _heads(tower, get, f"{name}.attention.q", _norm(tower, get, f"{name}.attention_norm", x))
+    k = _heads(tower, get, f"{name}.attention.k", other)
+    v = _heads(tower, get, f"{name}.attention.v", other)
+    x = x + _linear(tower, get, f"{name}.attention.out", _attend(q, k, v))
     return x + _ffn(tower, get, name, x)
 
 
-def _attention(tower: TowerConfig, get: GetTensor, name: str, x: Tensor, source: Tensor) -> Tensor:
-    def heads(kind: str, value: Tensor) -> Tensor:  # [B, heads, S, head size]
-        projected = _linear(tower, get, f"{name}.{kind}", value)
-        return projected.unflatten(-1, (tower.num_heads, -1)).transpose(1, 2)
+def _heads(tower: TowerConfig, get: GetTensor, name: str, x: Tensor) -> Tensor:
+    """[B, S, d] -> [B, heads, S, head size]."""
+    return _linear(tower, get, name, x).unflatten(-1, (-1, tower.head_size)).transpose(1, 2)
 
-    q, k, v = heads("q", x), heads("k", source), heads("v", source)
+
+def _head_norm(get: GetTensor, name: str, x: Tensor) -> Tensor:
+    weight, bias = (get(f"{name}.{kind}")[:, None] for kind in ("weight", "bias"))
+    return _normalise(x - x.mean(dim=-1, keepdim=True), 1e-5) * weight + bias
+
+
+def _rotate(x: Tensor, base: float) -> Tensor:
+    """Element i and i + H/2 of a head are a complex number, turned by position * base^(-2i/H)."""
+    half = x.shape[-1] // 2
+    speed = base ** -(torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * speed
+    turned = torch.complex(*(part.double() for part in x.split(half, dim=-1)))
+    turned = turned * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention on heads [B, N, S, H] -> [B, S, N * H]."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
-    return _linear(tower, get, f"{name}.out", (weights @ v).transpose(1, 2).flatten(-2))
+    return (weights @ v).transpose(1, 2).flatten(-2)
 
 
 def _ffn(tower: TowerConfig, get: GetTensor, name: str, x: Tensor) -> Tensor:
-    inner = _linear(tower, get, f"{name}.ffn.fc1", _norm(tower, get, f"{name}.ffn_norm", x))
-    inner = F.relu(inner) if tower.activation == "relu" else F.gelu(inner, approximate="tanh")
+    x = _norm(tower, get, f"{name}.ffn_norm", x)
+    inner = _linear(tower, get, f"{name}.ffn.fc1", x)
+    if tower.gated:
+        inner = _activate(tower, _linear(tower, get, f"{name}.ffn.gate", x)) * inner
+    else:
+        inner = _activate(tower, inner)
     return _linear(tower, get, f"{name}.ffn.fc2", inner)
+
+
+def _activate(tower: TowerConfig, x: Tensor) -> Tensor:
+    if tower.activation == "relu":
+        return x.clamp(min=0)
+    return x * torch.sigmoid(x) if tower.activation == "silu" else F.gelu(x, approximate="tanh")
 
 
 def _linear(tower: TowerConfig, get: GetTensor, name: str, x: Tensor) -> Tensor:
@@ -94,6 +137,12 @@ def _linear(tower: TowerConfig, get: GetTensor, name: str, x: Tensor) -> Tensor:
 
 
 def _norm(tower: TowerConfig, get: GetTensor, name: str, x: Tensor) -> Tensor:
-    centred = x - x.mean(dim=-1, keepdim=True)
-    y = centred / torch.sqrt(centred.square().mean(dim=-1, keepdim=True) + tower.norm_epsilon)
-    return y * get(f"{name}.weight") + get(f"{name}.bias") if tower.affine_norm else y
+    y = x - x.mean(dim=-1, keepdim=True) if tower.norm == "layer" else x
+    y = _normalise(y, tower.norm_epsilon)
+    if tower.affine_norm:
+        y = y * get(f"{name}.weight")
+    return y + get(f"{name}.bias") if tower.affine_norm and tower.norm == "layer" else y
+
+
+def _normalise(x: Tensor, epsilon: float) -> Tensor:
+    return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + epsilon)

@@ -47,15 +47,21 @@ def pico_tensors(config: ModelConfig, *, seed: int = 0) -> dict[str, torch.Tenso
     return tensors
 
 
-def pico_folder(
-    path: Path, config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> Path:
-    """A weights folder of `config` with `pico_tensors`."""
-    source = path.parent / "pico_tokenizer"
+def pico_source(root: Path) -> Path:
+    """A folder in `root` with the tokenizer and vocabulary of every pico folder."""
+    source = root / "pico_tokenizer"
     if not source.exists():
         source.mkdir(parents=True)
         pico_tokenizer().save(source / TOKENIZER)
         pico_vocabulary().save(source / VOCABULARY)
+    return source
+
+
+def pico_folder(
+    path: Path, config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Path:
+    """A weights folder of `config` with `pico_tensors`."""
+    source = pico_source(path.parent)
     tensors = pico_tensors(config, seed=seed)
     shapes = {entry.name: entry.shape for entry in parameter_table(config)}
     with FolderWriter(path, config=config, source=source, shapes=shapes, dtype=dtype) as writer:

@@ -63,6 +63,15 @@ def loss_and_gradients(
     return (losses.mean, whole) if world.rank == 0 else None
 
 
+@torch.no_grad()
+def whole_logits(world: World, path: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits [B, S, V] of tokens [B, S], on one rank."""
+    folder = WeightsFolder(path)
+    (model,) = build(folder, world, dtype)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return model(tokens, positions).transpose(0, 1)
+
+
 def train_steps(
     world: World, path: Path, batches: list[dict[str, Tensor]], dtype: torch.dtype, sharded: bool
 ) -> tuple[list[float], dict[str, Tensor]] | None:

@@ -106,7 +106,7 @@ def test_ranks_hold_every_weight_once(
 
 def heads_entries(n: int, *, head_size: int) -> list[Parameter]:
     return [
-        Parameter(name=f"p{i}", shape=(8, 3), module="fused", part=(i, n), head_size=head_size)
+        Parameter(name=f"p{i}", shape=(8, 3), module="fused", part=(i, n), unit=head_size)
         for i in range(n)
     ]
 

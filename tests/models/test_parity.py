@@ -1,5 +1,6 @@
 """The same loss and gradients under every layout (DESIGN rule 1), and as the plain reference."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ LAYOUTS = {
     "pp2-dp2": (ParallelConfig(pipeline=2), 2, "none"),
 }
 SAMPLES, LENGTH = 4, 16
+KINDS = ["tower", "cross", "affine", "separate", "llama", "chameleon", "untied"]
+LLAMA = {
+    "norm": "rms",
+    "affine_norm": True,
+    "positions": "rope",
+    "activation": "silu",
+    "gated": True,
+    "ffn_size": 80,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+}
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -42,13 +54,16 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pico models of both kinds; `affine` has biases and learnable norms."""
+    """Pico models of every kind; `affine` has biases and learnable norms."""
     root = tmp_path_factory.mktemp("parity")
     configs = {
         "tower": pico_config("tower"),
         "cross": pico_config("cross"),
         "separate": pico_config("separate", bias=True, affine_norm=True),
         "affine": pico_config("cross", bias=True, affine_norm=True, activation="gelu"),
+        "llama": pico_config("tower", **LLAMA),
+        "chameleon": pico_config("cross", **LLAMA, qk_norm=True),
+        "untied": dataclasses.replace(pico_config("separate", bias=True), tied=False),
     }
     return {name: pico_folder(root / name, config) for name, config in configs.items()}
 
@@ -68,7 +83,7 @@ def batch_of(path: Path) -> dict[str, Tensor]:
     return random_batch(size, samples=SAMPLES, length=LENGTH)
 
 
-@pytest.mark.parametrize("kind", ["tower", "cross", "affine", "separate"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_rank_equals_reference(kind: str, folders: dict[str, Path], single: dict) -> None:
     folder = WeightsFolder(folders[kind])
     weights = {n: folder.read(n).requires_grad_() for n in folder.names}
@@ -86,7 +101,7 @@ def test_one_rank_equals_reference(kind: str, folders: dict[str, Path], single: 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["tower", "cross", "affine", "separate"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_layouts_agree(
     pool: WorkerPool, kind: str, layout: str, folders: dict[str, Path], single: dict
 ) -> None:

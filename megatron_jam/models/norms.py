@@ -1,0 +1,53 @@
+"""Norms with or without learnable parameters, fit for tensor and sequence parallelism.
+
+Megatron's own norms always have parameters, and its local ones refuse sequence parallelism.
+"""
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the width; sequence parallelism sums its gradients over ranks."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, affine: bool = False
+    ) -> None:
+        super().__init__(hidden_size, eps, elementwise_affine=affine, dtype=config.params_dtype)
+        _mark(self, config)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm over the width; sequence parallelism sums its gradients over ranks."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, affine: bool = False
+    ) -> None:
+        super().__init__(hidden_size, eps, elementwise_affine=affine, dtype=config.params_dtype)
+        _mark(self, config)
+
+
+NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
+
+
+class HeadNorm(nn.Module):
+    """Layer norm over each head, with scale and shift of each head's own (Chameleon).
+
+    Its rows are split over tensor-parallel ranks as the heads are.
+    """
+
+    def __init__(self, num_heads: int, head_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_heads, head_size, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_heads, head_size, dtype=dtype))
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """[S, B, N, H] -> the same, with Chameleon's epsilon."""
+        return F.layer_norm(heads, heads.shape[-1:], eps=1e-5) * self.weight + self.bias
+
+
+def _mark(norm: nn.Module, config: TransformerConfig) -> None:
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
