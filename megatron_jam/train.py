@@ -35,6 +35,7 @@ def main() -> None:
                 world,
                 context_length=config.context_length,
                 micro_batch_size=config.micro_batch_size,
+                isolate_documents=config.data.isolate_documents,
             )
 
         Training(config, folder, world, validate).run()

@@ -22,6 +22,7 @@ def main(
     *,
     context_length: int,
     micro_batch_size: int = 8,
+    isolate_documents: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
     parallel: ParallelConfig = ParallelConfig(),
     output: Path | None = None,
@@ -33,6 +34,7 @@ def main(
         sets: prepared sets as `[{name: ..., path: PREFIX}, ...]`.
         context_length: tokens that are read at once.
         micro_batch_size: contexts computed at once.
+        isolate_documents: read each document by itself, for models that were trained so.
         precision: of weights and activations; losses are summed in fp32 and more.
         parallel: layout, under torchrun.
         output: JSON file of the results.
@@ -48,6 +50,7 @@ def main(
             world,
             context_length=context_length,
             micro_batch_size=micro_batch_size,
+            isolate_documents=isolate_documents,
             dtype=DTYPES[precision],
         )
         for name, losses in measured.items():

@@ -23,8 +23,8 @@ OUT = Path("outputs/quickstart")
 PAGE = OUT / "index.html"
 
 PYTHON = [sys.executable]
-TRAIN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-TRAIN += ["-m", "megatron_jam.train"]
+ON_TWO_RANKS = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TRAIN = [*ON_TWO_RANKS, "-m", "megatron_jam.train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,8 @@ def results() -> list[Stage]:
     names = ("text_heldout", "pairs", "pairs_heldout")
     sets = ",".join(f"{{name: {name}, path: {SETS / name}}}" for name in names)
     perplexity, questions = OUT / "perplexity.json", OUT / "questions.txt"
-    options = ["--context_length=88", f"--output={perplexity}"]
+    evaluate = ["tools/evaluate.py", f"[{folders}]", f"[{sets}]"]
+    evaluate += ["--context_length=88", f"--output={perplexity}"]
     weights, written = OUT / "instruct" / "weights", OUT / "generation"
     # Milder than the paper's for 7B towers: guidance 3.5 to 4, temperature 1.
     sampling = [f"--questions_file={questions}", "--sampling.guidance_scale=1.5"]
@@ -134,7 +135,7 @@ def results() -> list[Stage]:
         Stage(
             name="perplexity",
             title="perplexities of parents, fusions and JAM-Cross",
-            commands=[tool("evaluate", f"[{folders}]", f"[{sets}]", *options)],
+            commands=[[*ON_TWO_RANKS, *evaluate]],
             writes=[perplexity],
         ),
         Stage(

@@ -72,6 +72,10 @@ class DataConfig:
     """stream: a sample is the next context_length tokens of the shuffled documents in a row.
     documents: as many whole documents as fit, then padding; longer ones are left out."""
 
+    isolate_documents: bool = False
+    """Whether a token attends to its own document alone, in towers and bridges, and positions begin
+    anew with each document. Retrieved documents are part of the one that they stand before."""
+
     loss_on: Literal["all", "answers"] = "all"
     """answers: in sets of questions and answers only the answers and the </s> after each count;
     other sets of the blend count in full."""

@@ -1,7 +1,7 @@
 """The recipe of a fusion."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,15 @@ class FusionRecipe:
 
     every: int = 2
     """cross: a bridge follows layer l where l % every == 0; 0 means none (paper table 4)."""
+
+    layers: list[int] = field(default_factory=list)
+    """cross: layers that a bridge follows, in place of `every`; none means `every`."""
+
+    into: Literal["both", "image", "text"] = "both"
+    """cross: which tower the bridges write to."""
+
+    kv_norm: bool = False
+    """cross: a norm also on the states that a bridge makes keys and values of."""
 
     bridges: Literal["random", "zero"] = "random"
     """cross: how bridges begin; `zero` adds nothing at step 0."""

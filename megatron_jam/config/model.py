@@ -111,6 +111,16 @@ class BridgeConfig:
     every: int = 2
     """A bridge follows layer l where l % every == 0; 0 means no bridges (paper table 4)."""
 
+    layers: list[int] = field(default_factory=list)
+    """Layers, counted from 0, that a bridge follows, in place of `every`; none means `every`."""
+
+    into: Literal["both", "image", "text"] = "both"
+    """Which tower the bridges write to."""
+
+    kv_norm: bool = False
+    """A norm also on the states that keys and values are made of; the authors' code has one for
+    the reader's alone."""
+
     start: Literal["random", "zero"] = "random"
     """How new bridges begin: `random` as the authors' code, `zero` adds nothing at step 0."""
 
@@ -118,6 +128,8 @@ class BridgeConfig:
         check_types(self, "bridges.")
         if self.every < 0:
             raise UsageError(f"bridges.every is {self.every}; it must be 0 (none) or more")
+        if sorted(set(self.layers)) != self.layers or min(self.layers, default=0) < 0:
+            raise UsageError(f"bridges.layers is {self.layers}; give layers from 0 on, rising")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +182,11 @@ class ModelConfig:
                     raise UsageError(f"towers image and text differ in {name}")
             if image.positions != text.positions and not self.separate:
                 raise UsageError("towers image and text differ in positions; set separate: true")
+            if max(self.bridges.layers, default=0) >= self.num_layers:
+                raise UsageError(
+                    f"bridges.layers is {self.bridges.layers}, but the towers have layers 0 to"
+                    f" {self.num_layers - 1}"
+                )
         for name in ("vocab_size", "max_positions"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -205,9 +222,13 @@ class ModelConfig:
         """Width of what crosses a pipeline boundary: the towers' widths added up."""
         return sum(tower.hidden_size for tower in self.towers.values())
 
-    def has_bridge(self, layer: int) -> bool:
-        """Whether a bridge follows `layer` (counted from 0)."""
-        return self.is_pair and self.bridges.every > 0 and layer % self.bridges.every == 0
+    def bridges_into(self, layer: int) -> tuple[str, ...]:
+        """Towers that a bridge behind `layer` (counted from 0) writes to."""
+        bridges = self.bridges
+        by_rule = bridges.every > 0 and layer % bridges.every == 0
+        if not self.is_pair or not (layer in bridges.layers if bridges.layers else by_rule):
+            return ()
+        return PAIR if bridges.into == "both" else (bridges.into,)
 
     def save(self, path: Path) -> None:
         """Write JSON to `path`."""

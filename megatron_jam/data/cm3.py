@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_jam.config.data import Cm3Config
-from megatron_jam.data.sample import Packing, Sample, sample_from_block
+from megatron_jam.data.sample import Block, Packing, Sample, sample_from_block
 from megatron_jam.tokenizers.vocabulary import IMAGE, TEXT, JointVocabulary
 
 Tokens = NDArray[np.int64]
@@ -38,25 +38,47 @@ _MAX_DRAWS = 64
 
 
 def cm3_transform(
-    tokens: Tokens, vocabulary: JointVocabulary, rng: np.random.Generator, config: Cm3Config
-) -> Tokens:
-    """Move spans of `tokens` to its end, int64 [n] -> [n]. :func:`undo_cm3` is the inverse.
+    block: Block, vocabulary: JointVocabulary, rng: np.random.Generator, config: Cm3Config
+) -> Block:
+    """Move spans of the block to its end. :func:`undo_cm3` is the inverse.
 
-    Fewer spans than drawn are moved only where the block has no room for them.
+    A moved span, with the sentinels and the `<eoss>` around it, stays of its document. Fewer spans
+    than drawn are moved only where the block has no room for them.
     """
+    tokens = block.tokens
     content = tokens[: _content_length(tokens, vocabulary)]
-    caption = _draw_caption(content[: len(tokens) - 3], vocabulary, rng, config)
+    spans = _choose_spans(content, len(tokens), vocabulary, rng, config)
+    if not len(spans):
+        return block
+    sentinels = vocabulary.sentinels.start + np.arange(len(spans))
+    eoss = np.full(len(spans), vocabulary.eoss)
+    owners = block.documents[spans[:, 0]]
+    documents = block.documents[: len(content)]
+    return Block(
+        tokens=_move(content, spans, len(tokens), sentinels, eoss, vocabulary.pad),
+        documents=_move(documents, spans, len(tokens), owners, owners, documents[-1] + 1),
+    )
+
+
+def _choose_spans(
+    content: Tokens,
+    length: int,
+    vocabulary: JointVocabulary,
+    rng: np.random.Generator,
+    config: Cm3Config,
+) -> Spans:
+    """The spans to move out of `content` in a block of `length` tokens."""
+    caption = _draw_caption(content[: length - 3], vocabulary, rng, config)
     if caption is not None:
-        return _move(content, caption, len(tokens), vocabulary)
+        return caption
     num_spans = min(_draw_num_spans(rng, config), vocabulary.sentinels.size)
     while num_spans:
-        source = content[: max(0, len(tokens) - 3 * num_spans)]
+        source = content[: max(0, length - 3 * num_spans)]
         segments = find_segments(source, vocabulary)
         if (segments[:, 1] - segments[:, 0]).sum() >= num_spans:
-            spans = _draw_spans(num_spans, segments, len(source), rng)
-            return _move(content, spans, len(tokens), vocabulary)
+            return _draw_spans(num_spans, segments, len(source), rng)
         num_spans -= 1
-    return tokens.copy()
+    return np.empty((0, 2), dtype=np.int64)
 
 
 def undo_cm3(tokens: Tokens, vocabulary: JointVocabulary) -> Tokens:
@@ -143,18 +165,23 @@ def _clip(spans: Spans, segments: Spans) -> Spans:
     return np.stack([starts[rows, best], ends[rows, best]], axis=1)
 
 
-def _move(content: Tokens, spans: Spans, length: int, vocabulary: JointVocabulary) -> Tokens:
-    """`content`, cut so that all fits, with `spans` moved to its end, padded to [length]."""
+def _move(
+    content: Tokens, spans: Spans, length: int, opening: Tokens, closing: Tokens, pad: int
+) -> Tokens:
+    """`content`, cut so that all fits, with `spans` moved to its end, padded to [length].
+
+    `opening` [k] stands in place of each span and before it at the end, `closing` [k] behind it.
+    """
     source = content[: length - 3 * len(spans)]
     kept: list[Tokens] = []
     moved: list[Tokens] = []
     done = 0
     for index, (start, end) in enumerate(spans):
-        sentinel = np.array([vocabulary.sentinel(index)])
-        kept += [source[done:start], sentinel]
-        moved += [sentinel, source[start:end], np.array([vocabulary.eoss])]
+        opens, closes = opening[index : index + 1], closing[index : index + 1]
+        kept += [source[done:start], opens]
+        moved += [opens, source[start:end], closes]
         done = end
-    padding = np.full(length - len(source) - 3 * len(spans), vocabulary.pad)
+    padding = np.full(length - len(source) - 3 * len(spans), pad)
     return np.concatenate([*kept, source[done:], *moved, padding])
 
 

@@ -16,5 +16,5 @@ class AnswerDataset:
     def sample(self, index: int) -> Sample:
         """Sample `index`."""
         block = self._packing.block(index)
-        counted = answer_mask(self._vocabulary, block)
+        counted = answer_mask(self._vocabulary, block.tokens)
         return sample_from_block(block, pad=self._vocabulary.pad, counted=counted)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_jam.config.data import DataConfig, DataSetConfig
 from megatron_jam.config.errors import UsageError
@@ -13,7 +14,14 @@ from megatron_jam.data.cm3 import Cm3Dataset
 from megatron_jam.data.indexed import IndexedSet, open_set, read_info
 from megatron_jam.data.instruction import AnswerDataset
 from megatron_jam.data.packing import DocumentPacking, StreamPacking
-from megatron_jam.data.sample import CausalDataset, Dataset, Packing, Sample, sample_from_block
+from megatron_jam.data.sample import (
+    Block,
+    CausalDataset,
+    Dataset,
+    Packing,
+    Sample,
+    sample_from_block,
+)
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 
 # Each use of the seed gets numbers of its own.
@@ -110,16 +118,39 @@ def global_batch_indices(
     ]
 
 
-def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+def collate(
+    samples: Sequence[Sample], *, isolate_documents: bool = False
+) -> dict[str, torch.Tensor]:
     """A batch of samples of one length: tokens, labels int64, loss_mask float32, positions int64,
-    each [batch, context_length]."""
-    tokens = torch.from_numpy(np.stack([each.tokens for each in samples]))
-    return {
+    and documents int64 if they are isolated, each [batch, context_length]."""
+    tokens, labels, documents = (
+        torch.from_numpy(np.stack([getattr(each, name) for each in samples]))
+        for name in ("tokens", "labels", "documents")
+    )
+    batch = {
         "tokens": tokens,
-        "labels": torch.from_numpy(np.stack([each.labels for each in samples])),
+        "labels": labels,
         "loss_mask": torch.from_numpy(np.stack([each.loss_mask for each in samples])).float(),
         "positions": torch.arange(tokens.shape[1]).repeat(len(samples), 1),
     }
+    if isolate_documents:
+        batch["positions"] = positions_within(documents)
+        batch["documents"] = documents
+    return batch
+
+
+def positions_within(documents: torch.Tensor) -> torch.Tensor:
+    """How many tokens of its document stand before each token, int64 [B, S] -> [B, S].
+
+    A document's tokens need not stand together: CM3 moves some to the sample's end.
+    """
+    order = documents.argsort(dim=1, stable=True)
+    ranks = torch.empty_like(order)
+    places = torch.arange(documents.shape[1]).expand_as(order)
+    ranks.scatter_(1, order, places)  # each token's place among all, sorted by document
+    in_order = documents.gather(1, order)
+    begins = torch.searchsorted(in_order.contiguous(), documents.contiguous())
+    return ranks - begins
 
 
 class EvaluationSamples(Sequence[Sample]):
@@ -132,7 +163,8 @@ class EvaluationSamples(Sequence[Sample]):
         self._documents = documents
         self._context_length = context_length
         self._pad = pad
-        self._cuts = _evaluation_cuts(documents, context_length)
+        self._ends = np.cumsum(documents.lengths, dtype=np.int64) - 1
+        self._cuts = _evaluation_cuts(self._ends, context_length)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -142,16 +174,20 @@ class EvaluationSamples(Sequence[Sample]):
         """Sample `index`, from 0; IndexError beyond the last."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        block = np.full(self._context_length + 1, self._pad, dtype=np.int64)
-        tokens = self._documents.tokens(self._cuts[index], self._cuts[index + 1] + 1)
-        block[: tokens.size] = tokens
+        first, last = self._cuts[index], self._cuts[index + 1]
+        tokens = self._documents.tokens(first, last + 1)
+        begins = self._ends[(self._ends >= first) & (self._ends < last)] + 1 - first
+        pieces = np.split(tokens, begins)
+        block = Block.of(pieces, size=self._context_length + 1, pad=self._pad)
         return sample_from_block(block, pad=self._pad)
 
 
-def _evaluation_cuts(documents: IndexedSet, context_length: int) -> list[int]:
-    """Context i reads the tokens from cut i on and predicts those up to and with cut i + 1."""
-    ends = np.cumsum(documents.lengths, dtype=np.int64) - 1
-    cuts, last = [0], documents.num_tokens - 1
+def _evaluation_cuts(ends: NDArray[np.int64], context_length: int) -> list[int]:
+    """Context i reads the tokens from cut i on and predicts those up to and with cut i + 1.
+
+    `ends` are the places of the documents' last tokens.
+    """
+    cuts, last = [0], int(ends[-1])
     while cuts[-1] < last:
         reach = cuts[-1] + context_length
         number = int(np.searchsorted(ends, reach, side="right")) - 1

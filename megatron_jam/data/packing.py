@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.log import logger
 from megatron_jam.data.indexed import IndexedSet
+from megatron_jam.data.sample import Block
 
 T = TypeVar("T")
 
@@ -34,29 +35,31 @@ class StreamPacking:
         self._seed = seed
         self._epochs = _Latest(self._shuffle)
 
-    def block(self, index: int) -> NDArray[np.int64]:
-        """Block `index`, int64 [context_length + 1]. O(log documents), but an epoch's first."""
-        block = np.empty(self._context_length + 1, dtype=np.int64)
+    def block(self, index: int) -> Block:
+        """Block `index`. O(log documents), but an epoch's first."""
+        size = self._context_length + 1
         epoch, start = divmod(index * self._context_length, self._documents.num_tokens)
-        filled = 0
-        while filled < block.size:
-            filled += self._fill(block[filled:], epoch, start)
+        pieces: list[NDArray[np.int64]] = []
+        missing = size
+        while missing:
+            pieces += self._read(epoch, start, missing)
+            missing = size - sum(len(piece) for piece in pieces)
             epoch, start = epoch + 1, 0
-        return block
+        return Block.of(pieces, size=size, pad=0)
 
-    def _fill(self, out: NDArray[np.int64], epoch: int, start: int) -> int:
-        """Copy the epoch's tokens from `start` on to `out`; return how many there were."""
+    def _read(self, epoch: int, start: int, size: int) -> list[NDArray[np.int64]]:
+        """The epoch's documents, or parts of them, from token `start` on: `size` tokens in all, or
+        fewer at the epoch's end."""
         order, ends = self._epochs(epoch)
         place = int(np.searchsorted(ends, start, side="right"))
-        filled = 0
-        while filled < out.size and place < len(order):
+        pieces = []
+        while size and place < len(order):
             number = order[place]
-            offset = start + filled - int(ends[place]) + int(self._documents.lengths[number])
-            tokens = self._documents.document(number, offset, offset + out.size - filled)
-            out[filled : filled + tokens.size] = tokens
-            filled += tokens.size
+            offset = start - int(ends[place]) + int(self._documents.lengths[number])
+            pieces.append(self._documents.document(number, offset, offset + size))
+            start, size = start + len(pieces[-1]), size - len(pieces[-1])
             place += 1
-        return filled
+        return pieces
 
     def _shuffle(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Document numbers in the epoch's order, and the tokens up to and with each, [n] both."""
@@ -98,21 +101,17 @@ class DocumentPacking:
         self._epochs = _Latest(self._pack)
         self._block_ends: list[int] = []  # blocks up to and with each epoch that was asked for
 
-    def block(self, index: int) -> NDArray[np.int64]:
-        """Block `index`, int64 [context_length + 1]. O(log epochs), but an epoch's first."""
+    def block(self, index: int) -> Block:
+        """Block `index`. O(log epochs), but an epoch's first."""
         while not self._block_ends or self._block_ends[-1] <= index:
             order, starts = self._epochs(len(self._block_ends))
             self._block_ends.append(sum(self._block_ends[-1:]) + len(starts) - 1)
         epoch = bisect_right(self._block_ends, index)
         number = index - (self._block_ends[epoch - 1] if epoch else 0)
         order, starts = self._epochs(epoch)
-        block = np.full(self._block_size, self._pad, dtype=np.int64)
-        filled = 0
-        for document in order[starts[number] : starts[number + 1]]:
-            tokens = self._documents.document(document)
-            block[filled : filled + tokens.size] = tokens
-            filled += tokens.size
-        return block
+        numbers = order[starts[number] : starts[number + 1]]
+        documents = [self._documents.document(each) for each in numbers]
+        return Block.of(documents, size=self._block_size, pad=self._pad)
 
     def _pack(self, epoch: int) -> tuple[NDArray[np.int64], list[int]]:
         """Document numbers in the epoch's order; where in it each block starts, and the end."""

@@ -1,5 +1,6 @@
 """What a model is given: samples, and what makes them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,31 @@ class Sample:
     loss_mask: NDArray[np.bool_]
     """Whether labels[i] counts in the loss, [context_length]."""
 
+    documents: NDArray[np.int64]
+    """Equal for the tokens of one document, [context_length]."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Documents in a row, or parts of them, before they become a sample."""
+
+    tokens: NDArray[np.int64]
+    """[context_length + 1]."""
+
+    documents: NDArray[np.int64]
+    """Which of the block's documents each token is of, counted from 0, [context_length + 1];
+    padding is one more."""
+
+    @classmethod
+    def of(cls, documents: Sequence[NDArray[np.int64]], *, size: int, pad: int) -> "Block":
+        """The documents in a row, then `pad` up to `size` tokens."""
+        lengths = [len(each) for each in documents]
+        padding = size - sum(lengths)
+        return cls(
+            tokens=np.concatenate([*documents, np.full(padding, pad, dtype=np.int64)]),
+            documents=np.repeat(np.arange(len(lengths) + 1), [*lengths, padding]),
+        )
+
 
 class Dataset(Protocol):
     """Samples without end."""
@@ -32,26 +58,31 @@ class Dataset(Protocol):
 class Packing(Protocol):
     """Documents cut or gathered into blocks, without end."""
 
-    def block(self, index: int) -> NDArray[np.int64]:
-        """Block `index` >= 0, [context_length + 1]."""
+    def block(self, index: int) -> Block:
+        """Block `index` >= 0."""
         ...
 
 
 def sample_from_block(
-    block: NDArray[np.int64], *, pad: int, counted: NDArray[np.bool_] | None = None
+    block: Block, *, pad: int, counted: NDArray[np.bool_] | None = None
 ) -> Sample:
-    """The sample that reads block[:-1] and predicts block[1:].
+    """The sample that reads all tokens of `block` but the last and predicts all but the first.
 
     Args:
-        block: tokens, [context_length + 1].
+        block: what to read.
         pad: the id that never counts.
         counted: which tokens of the block count as labels, [context_length + 1]; default all.
     """
-    labels = block[1:]
+    labels = block.tokens[1:]
     loss_mask = labels != pad
     if counted is not None:
         loss_mask &= counted[1:]
-    return Sample(tokens=block[:-1], labels=labels, loss_mask=loss_mask)
+    return Sample(
+        tokens=block.tokens[:-1],
+        labels=labels,
+        loss_mask=loss_mask,
+        documents=block.documents[:-1],
+    )
 
 
 class CausalDataset:

@@ -27,6 +27,7 @@ def measure_sets(
     *,
     context_length: int,
     micro_batch_size: int,
+    isolate_documents: bool = False,
 ) -> Mapping[str, Losses]:
     """Losses of each set by name, the same under every layout; all ranks take part.
 
@@ -40,6 +41,7 @@ def measure_sets(
         world: the ranks.
         context_length: tokens read at once.
         micro_batch_size: contexts computed at once on each replica.
+        isolate_documents: read each document by itself, as data.isolate_documents in training.
 
     Raises:
         UsageError: if a set is missing, too small, or made with another vocabulary or tokenizer.
@@ -53,7 +55,7 @@ def measure_sets(
         with torch.no_grad():
             rounds = [
                 step(batches, forward_only=True)
-                for batches in _rounds(samples, world, micro_batch_size)
+                for batches in _rounds(samples, world, micro_batch_size, isolate_documents)
             ]
         measured[each.name] = Losses(
             sums=sum(each.sums for each in rounds), counts=sum(each.counts for each in rounds)
@@ -68,6 +70,7 @@ def measure_folder(
     *,
     context_length: int,
     micro_batch_size: int,
+    isolate_documents: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Mapping[str, Losses]:
     """Losses of a weights folder on each set; all ranks take part."""
@@ -94,11 +97,12 @@ def measure_folder(
         world,
         context_length=context_length,
         micro_batch_size=micro_batch_size,
+        isolate_documents=isolate_documents,
     )
 
 
 def _rounds(
-    samples: Sequence[Sample], world: World, micro_batch_size: int
+    samples: Sequence[Sample], world: World, micro_batch_size: int, isolate_documents: bool
 ) -> Iterator[list[Batch]]:
     """This replica's micro-batches, a few at a time so that a large set need not fit in memory.
 
@@ -111,11 +115,12 @@ def _rounds(
     for begin in range(0, count, size):
         end = begin + -(-min(size, count - begin) // world.pipeline.size) * world.pipeline.size
         starts = (n * at_once + world.data.rank * micro_batch_size for n in range(begin, end))
-        yield [_batch(samples, start, micro_batch_size) for start in starts]
+        yield [_batch(samples, start, micro_batch_size, isolate_documents) for start in starts]
 
 
-def _batch(samples: Sequence[Sample], start: int, size: int) -> Batch:
+def _batch(samples: Sequence[Sample], start: int, size: int, isolate_documents: bool) -> Batch:
     numbers = range(start, start + size)
-    batch = collate([samples[min(number, len(samples) - 1)] for number in numbers])
+    chosen = [samples[min(number, len(samples) - 1)] for number in numbers]
+    batch = collate(chosen, isolate_documents=isolate_documents)
     batch["loss_mask"][[number >= len(samples) for number in numbers]] = 0
     return batch

@@ -23,7 +23,13 @@ def cross_config(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe
     return dataclasses.replace(
         image.config,
         towers={IMAGE: image.config.towers[MAIN], TEXT: text.config.towers[MAIN]},
-        bridges=BridgeConfig(every=recipe.every, start=recipe.bridges),
+        bridges=BridgeConfig(
+            every=recipe.every,
+            layers=recipe.layers,
+            into=recipe.into,
+            kv_norm=recipe.kv_norm,
+            start=recipe.bridges,
+        ),
         projection_start=recipe.projection,
         separate=recipe.separate,
         text_ids=list(text.vocabulary.text) if recipe.separate else [0, 0],

@@ -3,6 +3,8 @@
 Shape letters: S sequence, B batch, N heads, H head size.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +13,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_jam.models.norms import HeadNorm
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a batch stand, as attention needs it."""
+
+    angles: Sequence[Tensor | None]
+    """For each tower what `rotary_angles` gives, or None if its positions are learned rows."""
+
+    visible: Tensor | None
+    """Which tokens each one attends to, bool [B, 1, S, S]; None is all up to itself."""
+
+
+def visible_tokens(documents: Tensor) -> Tensor:
+    """Each token sees those of its own document up to itself.
+
+    Args:
+        documents: int64 [B, S], equal for the tokens of one document.
+
+    Returns:
+        bool [B, 1, S, S].
+    """
+    length = documents.shape[1]
+    past = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    return ((documents[:, :, None] == documents[:, None, :]) & past)[:, None]
 
 
 def rotary_angles(positions: Tensor, head_size: int, base: float, dtype: torch.dtype) -> Tensor:
@@ -61,19 +88,21 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.cache: LayerCache | None = None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *_: Any, **__: Any
+    ) -> Tensor:
         """Attend.
 
         Args:
             query: [S, B, N, H].
             key: [S, B, N or a divisor of it, H]; N / theirs query heads read each of its heads.
             value: as the key.
+            mask: Places.visible; a cache brings its own.
 
         Returns:
             [S, B, N*H].
         """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mask = None
         if self.cache is not None:
             k, v, mask = self.cache.extend(k, v)
         elif q.dtype is torch.bfloat16 and q.device.type == "cpu":

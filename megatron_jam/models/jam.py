@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.model import ModelConfig, TowerConfig
+from megatron_jam.config.model import ModelConfig
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.models.attention import rotary_angles
-from megatron_jam.models.layers import JointLayer, engine_config
+from megatron_jam.models.attention import Places, rotary_angles, visible_tokens
+from megatron_jam.models.layers import JointLayer, build_norm, engine_config
 from megatron_jam.models.loss import vocab_parallel_cross_entropy
-from megatron_jam.models.norms import NORMS
 from megatron_jam.models.stages import stage_layers
 from megatron_jam.parallel.world import World
 
@@ -69,8 +68,13 @@ class JamModel(MegatronModule):
         self.pre_process = world.pipeline.is_first and chunk == 0
         self.post_process = world.pipeline.is_last and chunk == parallel.interleave - 1
         self.vp_stage = chunk if parallel.interleave > 1 else None
-        engine = partial(engine_config, parallel=parallel, dtype=dtype, recompute=recompute)
-        joint = self.config
+        self._received: Tensor | None = None
+        with torch.device(world.device):
+            self._build(world, dtype, recompute)
+
+    def _build(self, world: World, dtype: torch.dtype, recompute: str) -> None:
+        model, joint = self.model_config, self.config
+        engine = partial(engine_config, parallel=world.parallel, dtype=dtype, recompute=recompute)
         if self.pre_process:
             self.embedding: nn.Module = (
                 nn.ModuleDict({n: Embedding(model, n, joint, world) for n in model.tower_names})
@@ -83,56 +87,64 @@ class JamModel(MegatronModule):
         if self.post_process:
             head = SeparateHead if model.separate else Head
             self.head = head(model, joint, world, reads_tables=model.tied and self.pre_process)
-        self._received: Tensor | None = None
-        self.to(world.device)
 
     def set_input_tensor(self, tensor: Any) -> None:
         """Receive the previous stage's states from Megatron's schedule."""
         self._received = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, tokens: Tensor, positions: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Run this chunk.
 
         Args:
             tokens: int64 [B, S].
             positions: int64 [B, S], counted from 0.
             labels: int64 [B, S]; without them the last stage returns logits.
+            documents: int64 [B, S]; with them a token attends to tokens of its own number alone, in
+                towers and bridges. `positions` are then counted within documents.
 
         Returns:
             The states [S, B, sum of d] for the next stage; on the last stage the loss of each
             position, float32 [B, S] in nats (float64 for float64 models), or with no labels this
             rank's share of the logits, [S, B, padded V / TP].
         """
-        states = self.run_layers(tokens, positions)
+        states = self.run_layers(tokens, positions, documents)
         if not self.post_process:
             return torch.cat(states, dim=-1) if len(states) > 1 else states[0]
         reads_tables = self.model_config.tied and self.pre_process
         logits = self.head(states, self._tables() if reads_tables else None)
         return logits if labels is None else self._loss(logits, labels)
 
-    def run_layers(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+    def run_layers(
+        self, tokens: Tensor, positions: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Each tower's states [S, B, d] behind this chunk's last layer.
 
         Without the head this is how a prompt fills a KeyValueCache.
         """
         states = self._enter(tokens, positions)
-        angles = self._angles(positions)
+        places = self._places(positions, documents)
         for layer in self.layers.values():
             if self.recompute and self.training:
-                states = tensor_parallel.checkpoint(partial(layer, angles), False, *states)
+                states = tensor_parallel.checkpoint(partial(layer, places), False, *states)
             else:
-                states = layer(angles, *states)
+                states = layer(places, *states)
         return states
 
-    def _angles(self, positions: Tensor) -> list[Tensor | None]:
-        """What each tower's attention turns its queries and keys by."""
+    def _places(self, positions: Tensor, documents: Tensor | None) -> Places:
         towers = (self.model_config.towers[name] for name in self.model_config.tower_names)
-        return [
+        angles = [
             rotary_angles(positions, tower.head_size, tower.rope_base, self.config.params_dtype)
             if tower.positions == "rope"
             else None
             for tower in towers
         ]
+        return Places(angles, None if documents is None else visible_tokens(documents))
 
     def _enter(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         towers = self.model_config.towers
@@ -220,7 +232,7 @@ class Head(nn.Module):
         if model.is_pair:
             self.projection = nn.Linear(2 * d, d, bias=False, dtype=config.params_dtype)
             self.projection.weight.sequence_parallel = config.sequence_parallel
-        self.norm = _last_norm(tower, config)
+        self.norm = build_norm(tower, config)
         self.output = _output(model, config, world, reads_tables)
         self.num_real = num_real_rows(model.vocab_size, world)
 
@@ -242,7 +254,7 @@ class SeparateHead(nn.Module):
         super().__init__()
         self.norm, self.output = nn.ModuleDict(), nn.ModuleDict()
         for name in model.tower_names:
-            self.norm[name] = _last_norm(model.towers[name], config)
+            self.norm[name] = build_norm(model.towers[name], config)
             self.output[name] = _output(model, config, world, reads_tables)
         self.num_real = num_real_rows(model.vocab_size, world)
         local = padded_vocabulary(model.vocab_size, world.tensor.size) // world.tensor.size
@@ -260,11 +272,6 @@ class SeparateHead(nn.Module):
             )
         )
         return torch.where(self.is_text, text, image)
-
-
-def _last_norm(tower: TowerConfig, config: TransformerConfig) -> nn.Module:
-    norm = NORMS[tower.norm]
-    return norm(config, tower.hidden_size, tower.norm_epsilon, affine=tower.affine_norm)
 
 
 def _output(
@@ -314,6 +321,7 @@ def joint_engine_config(model: ModelConfig, world: World, dtype: torch.dtype) ->
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=True,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=False,
         perform_initialization=False,

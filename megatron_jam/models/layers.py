@@ -1,6 +1,6 @@
 """Layer specs: how a tower's layer and a bridge are put together from Megatron-Core's parts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from megatron_jam.config.model import IMAGE, TEXT, ModelConfig, TowerConfig
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.models.attention import CausalAttention, NormedSelfAttention
+from megatron_jam.models.attention import CausalAttention, NormedSelfAttention, Places
 from megatron_jam.models.norms import NORMS
 
 
@@ -55,8 +55,9 @@ def engine_config(
         bf16=dtype is torch.bfloat16,
         recompute_granularity="selective" if recompute == "selective" else None,
         recompute_modules=["core_attn"] if recompute == "selective" else None,
-        # Weights come from a weights folder.
+        # Weights come from a weights folder. Made on torch's default device, which JamModel sets.
         perform_initialization=False,
+        use_cpu_initialization=True,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
@@ -72,6 +73,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": _gelu_tanh,
     "silu": F.silu,
 }
+
+
+def build_norm(tower: TowerConfig, config: TransformerConfig) -> nn.Module:
+    """A tower's norm over its width, outside Megatron's layers."""
+    norm = NORMS[tower.norm]
+    return norm(config, tower.hidden_size, tower.norm_epsilon, affine=tower.affine_norm)
 
 
 def _norm(tower: TowerConfig) -> ModuleSpec:
@@ -155,28 +162,36 @@ class JointLayer(nn.Module):
         self.towers = nn.ModuleDict(
             {name: build(tower_layer_spec, tower) for name, tower in towers.items()}
         )
-        if not model.has_bridge(layer):
-            towers = {}
         # A bridge has as many heads for keys and values as for queries.
+        written = {n: replace(towers[n], num_kv_heads=0) for n in model.bridges_into(layer)}
         self.bridges = nn.ModuleDict(
-            {
-                name: build(bridge_spec, replace(tower, num_kv_heads=0))
-                for name, tower in towers.items()
-            }
+            {name: build(bridge_spec, tower) for name, tower in written.items()}
+        )
+        self.context_norms = nn.ModuleDict(
+            {name: build_norm(tower, engine(tower)) for name, tower in written.items()}
+            if model.bridges.kv_norm
+            else {}
         )
 
-    def forward(self, angles: Sequence[Tensor | None], *states: Tensor) -> tuple[Tensor, ...]:
-        """Map each tower's states [S, B, d] to its next ones, `angles` as of `rotary_angles`."""
-        towers = zip(self.towers.values(), states, angles, strict=True)
+    def forward(self, places: Places, *states: Tensor) -> tuple[Tensor, ...]:
+        """Map each tower's states [S, B, d] to its next ones."""
+        mask = places.visible
+        towers = zip(self.towers.values(), states, places.angles, strict=True)
         states = tuple(
-            tower(state, attention_mask=None, rotary_pos_emb=turn)[0]
-            for tower, state, turn in towers
+            tower(state, attention_mask=mask, rotary_pos_emb=angles)[0]
+            for tower, state, angles in towers
         )
         if not self.bridges:
             return states
         # Both directions read the states from before either update.
         image, text = states
-        return (
-            self.bridges[IMAGE](image, attention_mask=None, context=text)[0],
-            self.bridges[TEXT](text, attention_mask=None, context=image)[0],
-        )
+        return self._bridge(IMAGE, image, text, mask), self._bridge(TEXT, text, image, mask)
+
+    def _bridge(self, name: str, state: Tensor, other: Tensor, mask: Tensor | None) -> Tensor:
+        """The next state of tower `name`, which reads the other one's if a bridge leads there."""
+        if name not in self.bridges:
+            return state
+        if name in self.context_norms:
+            other = self.context_norms[name](other)
+        bridge = self.bridges[name]
+        return bridge(state, attention_mask=None, context=other, context_mask=mask)[0]

@@ -59,9 +59,8 @@ def parameter_table(config: ModelConfig) -> list[Parameter]:
     for layer in range(config.num_layers):
         for name in config.tower_names:
             table += _layer(config.towers[name], layer, name)
-        if config.has_bridge(layer):
-            for name in config.tower_names:
-                table += _bridge(config, layer, name)
+        for name in config.bridges_into(layer):
+            table += _bridge(config, layer, name)
     return table + list(_head(config))
 
 
@@ -124,6 +123,9 @@ def _bridge(config: ModelConfig, layer: int, name: str) -> Iterator[Parameter]:
     yield from _norm(
         tower, f"{canonical}.attention_norm", f"{module}.pre_cross_attn_layernorm", place
     )
+    if config.bridges.kv_norm:
+        norm = f"layers.{layer}.context_norms.{name}"
+        yield from _norm(tower, f"{canonical}.context_norm", norm, place)
     d = tower.hidden_size
     for kind, fused, part in (
         ("q", "linear_q", (0, 1)),

@@ -131,7 +131,11 @@ class Training:
             data_parallel_rank=self.world.data.rank,
             data_parallel_size=self.world.data.size,
         )
-        return [collate([self._dataset.sample(i) for i in each]) for each in indices]
+        isolate = self.config.data.isolate_documents
+        return [
+            collate([self._dataset.sample(i) for i in each], isolate_documents=isolate)
+            for each in indices
+        ]
 
     def _report_validation(self, step: int) -> None:
         for name, losses in self._validate(self._step).items():

@@ -61,8 +61,8 @@ class ForwardBackward:
         """Compute losses and, unless `forward_only`, gradients (divided by the token count).
 
         Args:
-            micro_batches: this replica's share; tokens, labels, positions int64 [B, S] and
-                loss_mask float32 [B, S].
+            micro_batches: this replica's share; tokens, labels, positions int64 [B, S],
+                loss_mask float32 [B, S], and documents int64 [B, S] if each is read by itself.
             forward_only: leave the gradients alone.
 
         Returns:
@@ -87,7 +87,8 @@ class ForwardBackward:
 
     def _forward(self, batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, object]:
         batch = {name: value.to(self._world.device) for name, value in next(batches).items()}
-        output = chunk(batch["tokens"], batch["positions"], batch["labels"])
+        documents = batch.get("documents")
+        output = chunk(batch["tokens"], batch["positions"], batch["labels"], documents)
         return output, partial(self._loss, batch)
 
     def _loss(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -22,13 +22,10 @@ def reference_logits(config: ModelConfig, get: GetTensor, tokens: Tensor) -> Ten
     for layer in range(config.num_layers):
         for name, tower in config.towers.items():
             states[name] = _layer(tower, get, f"layers.{layer}.{name}", states[name])
-        if config.has_bridge(layer):
-            image, text = states[IMAGE], states[TEXT]
-            towers = config.towers
-            states = {
-                IMAGE: _bridge(towers[IMAGE], get, f"bridges.{layer}.{IMAGE}", image, text),
-                TEXT: _bridge(towers[TEXT], get, f"bridges.{layer}.{TEXT}", text, image),
-            }
+        before = dict(states)  # both directions read the states from before either update
+        for name in config.bridges_into(layer):
+            other = before[TEXT if name == IMAGE else IMAGE]
+            states[name] = _bridge(config, get, f"bridges.{layer}.{name}", before[name], other)
     if config.separate:
         return _separate_logits(config, get, states)
     if config.is_pair:
@@ -79,7 +76,10 @@ def _layer(tower: TowerConfig, get: GetTensor, name: str, x: Tensor) -> Tensor:
     return x + _ffn(tower, get, name, x)
 
 
-def _bridge(tower: TowerConfig, get: GetTensor, name: str, x: Tensor, other: Tensor) -> Tensor:
+def _bridge(config: ModelConfig, get: GetTensor, name: str, x: Tensor, other: Tensor) -> Tensor:
+    tower = config.towers[name.rsplit(".", 1)[1]]
+    if config.bridges.kv_norm:
+        other = _norm(tower, get, f"{name}.context_norm", other)
     q = _heads(tower, get, f"{name}.attention.q", _norm(tower, get, f"{name}.attention_norm", x))
     k = _heads(tower, get, f"{name}.attention.k", other)
     v = _heads(tower, get, f"{name}.attention.v", other)

@@ -30,8 +30,10 @@ def test_pair() -> None:
     assert config.tower_names == ("image", "text")
     assert (config.hidden_size, config.joint_size, config.num_layers) == (8, 16, 2)
     assert config.bridges == BridgeConfig(every=1, start="zero")
-    assert [config.has_bridge(i) for i in range(2)] == [True, True]
-    assert not ModelConfig.from_dict(MODEL).has_bridge(0)
+    assert [config.bridges_into(i) for i in range(2)] == [("image", "text")] * 2
+    assert ModelConfig.from_dict(MODEL).bridges_into(0) == ()
+    listed = ModelConfig.from_dict({**PAIR, "bridges": {"layers": [1], "into": "text"}})
+    assert [listed.bridges_into(i) for i in range(2)] == [(), ("text",)]
 
 
 @pytest.mark.parametrize("values", [MODEL, PAIR])
@@ -72,6 +74,17 @@ def tower(**changes: Any) -> dict[str, Any]:
         (
             {"towers": {"image": TOWER, "text": {**TOWER, "num_layers": 3}}},
             "towers image and text differ in num_layers",
+        ),
+        (tower(num_kv_heads=3), "num_kv_heads 3 does not divide num_heads 2"),
+        (tower(num_kv_heads=-1), "num_kv_heads -1 does not divide num_heads 2"),
+        (tower(hidden_size=6, positions="rope"), r"head size 3 .* is odd"),
+        (tower(rope_base=0.0), "rope_base is 0.0; it must be above 0"),
+        ({"bridges": {"layers": [1, 0]}}, r"bridges.layers is \[1, 0\]; give layers from 0 on"),
+        ({"bridges": {"into": "main"}}, "bridges.into is 'main'; choose one of both, image, text"),
+        ({**PAIR, "bridges": {"layers": [0, 2]}}, r"\[0, 2\], but the towers have layers 0 to 1"),
+        (
+            {"towers": {"image": TOWER, "text": {**TOWER, "positions": "rope"}}},
+            "towers image and text differ in positions; set separate: true",
         ),
     ],
 )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from megatron_jam.config.data import Cm3Config
 from megatron_jam.data.cm3 import Cm3Dataset, cm3_transform, find_segments, undo_cm3
 from megatron_jam.data.packing import StreamPacking
+from megatron_jam.data.sample import Block
 from tests.data.small import (
     PAD,
     VOCABULARY,
@@ -41,7 +42,8 @@ def transform(tokens, rng, config=MANY):
     tokens = np.array(tokens)
     if isinstance(rng, int):
         rng = np.random.default_rng(rng)
-    return cm3_transform(tokens, VOCABULARY, rng, config)
+    block = Block(tokens=tokens, documents=np.zeros_like(tokens))
+    return cm3_transform(block, VOCABULARY, rng, config).tokens
 
 
 def undo(tokens):
@@ -279,6 +281,32 @@ def test_any_block_any_settings(runs, seed, mean, max_spans, whole):
     assert extra[S[k:]].tolist() == [0] * (10 - k)
 
 
+def test_a_moved_span_stays_of_its_document(tmp_path):
+    """So do the sentinels and the <eoss> around it; nothing else changes its document."""
+    opened = make_set(tmp_path / "text", text_documents(50))
+    packing = StreamPacking(opened, context_length=60, seed=(0, 0))
+    moved = 0
+    for index in range(40):
+        before = packing.block(index)
+        after = cm3_transform(before, VOCABULARY, np.random.default_rng(index), MANY)
+        tokens, documents = after.tokens.tolist(), after.documents.tolist()
+        for number in range(num_spans(tokens)):
+            place = tokens.index(S[number])
+            start = tokens.index(S[number], place + 1)
+            stop = tokens.index(EOSS, start)
+            assert len({documents[place], *documents[start : stop + 1]}) == 1
+            moved += 1
+        source = undo(after.tokens)
+        owners = {n: [] for n in set(documents)}
+        for token, owner in zip(tokens, documents, strict=True):
+            owners[owner] += [token] if token < VOCABULARY.image.start else []
+        due = {n: [] for n in owners}
+        for token, owner in zip(source.tolist(), before.documents.tolist(), strict=False):
+            due[owner] += [token]
+        assert {n: sorted(t) for n, t in owners.items()} == {n: sorted(t) for n, t in due.items()}
+    assert moved > 40
+
+
 def test_dataset_is_a_function_of_seed_and_index(tmp_path):
     opened = make_set(tmp_path / "text", text_documents(50))
     packing = StreamPacking(opened, context_length=40, seed=(0, 0))
@@ -298,4 +326,4 @@ def test_dataset_is_a_function_of_seed_and_index(tmp_path):
         assert sample.loss_mask.all()
         whole = np.append(sample.tokens, sample.labels[-1])
         source = undo(whole)
-        assert source.tolist() == packing.block(i)[: source.size].tolist()
+        assert source.tolist() == packing.block(i).tokens[: source.size].tolist()

@@ -205,6 +205,20 @@ def test_collate(sets):
         assert batch["positions"][row].tolist() == list(range(N))
 
 
+def test_isolated_documents_count_their_own_positions(sets):
+    """Also where CM3 has moved a part of a document behind the next one."""
+    dataset = build(DataConfig(sets=[sets["pairs"]], objective="cm3"))
+    samples = [dataset.sample(i) for i in range(8)]
+    batch = collate(samples, isolate_documents=True)
+    assert batch["documents"].tolist() == [sample.documents.tolist() for sample in samples]
+    for row, sample in enumerate(samples):
+        seen = {}
+        for place, owner in enumerate(sample.documents.tolist()):
+            assert batch["positions"][row, place] == seen.setdefault(owner, 0)
+            seen[owner] += 1
+    assert any(np.any(np.diff(sample.documents) < 0) for sample in samples)
+
+
 @pytest.mark.parametrize("context_length", [1, 10, 48, 5000])
 def test_evaluation_reads_every_token_once_in_order(sets, context_length):
     samples = evaluation_samples(sets["pairs"].path, VOCABULARY, context_length=context_length)

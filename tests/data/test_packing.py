@@ -49,7 +49,7 @@ def test_stream_is_the_concatenation_cut_into_slices(opened, documents, context_
     assert num_blocks * context_length > 3 * opened.num_tokens
     for index in range(num_blocks):
         start = index * context_length
-        block = packing.block(index)
+        block = packing.block(index).tokens
         assert block.dtype == np.int64
         assert block.tolist() == stream[start : start + context_length + 1].tolist()
 
@@ -63,19 +63,19 @@ def make_packing(kind, opened, seed=SEED):
 @pytest.mark.parametrize("kind", ["stream", "documents"])
 def test_random_access_equals_sequential(opened, kind):
     sequential = make_packing(kind, opened)
-    blocks = [sequential.block(index) for index in range(60)]
+    blocks = [sequential.block(index).tokens for index in range(60)]
     for index in np.random.default_rng(0).permutation(60):
         fresh = make_packing(kind, opened)
-        assert fresh.block(int(index)).tolist() == blocks[index].tolist()
+        assert fresh.block(int(index)).tokens.tolist() == blocks[index].tolist()
     jumping = make_packing(kind, opened)
     for index in np.random.default_rng(1).permutation(60):
-        assert jumping.block(int(index)).tolist() == blocks[index].tolist()
+        assert jumping.block(int(index)).tokens.tolist() == blocks[index].tolist()
 
 
 @pytest.mark.parametrize("kind", ["stream", "documents"])
 def test_another_seed_gives_another_order(opened, kind):
     one, other = make_packing(kind, opened), make_packing(kind, opened, seed=(7, 2))
-    assert one.block(0).tolist() != other.block(0).tolist()
+    assert one.block(0).tokens.tolist() != other.block(0).tokens.tolist()
 
 
 @pytest.mark.parametrize("context_length", [8, 9, 32, 100, 1000])
@@ -89,7 +89,7 @@ def test_documents_are_packed_greedily(opened, documents, context_length):
                 blocks.append([])
             blocks[-1].extend(documents[number].tolist())
         expected += [block + [PAD] * (context_length + 1 - len(block)) for block in blocks]
-    assert [packing.block(index).tolist() for index in range(len(expected))] == expected
+    assert [packing.block(index).tokens.tolist() for index in range(len(expected))] == expected
     ends = sum(block.count(E) for block in expected)
     assert ends == NUM_EPOCHS * len(documents)
 
@@ -103,7 +103,7 @@ def test_longer_documents_are_left_out_and_counted(opened, documents, caplog):
     assert f"{40 - len(fitting)} of 40 documents are longer than context_length 5" in caplog.text
     found, index = [], 0
     while len(found) < len(fitting):
-        content = [token for token in packing.block(index).tolist() if token != PAD]
+        content = [token for token in packing.block(index).tokens.tolist() if token != PAD]
         ends = [i + 1 for i, token in enumerate(content) if token == E]
         assert ends[-1] == len(content)
         pieces = zip([0, *ends], ends, strict=False)
@@ -122,4 +122,21 @@ def test_a_document_as_long_as_the_block_fits(tmp_path):
     packing = DocumentPacking(
         make_set(tmp_path / "one", [document]), context_length=8, seed=SEED, pad=PAD
     )
-    assert packing.block(0).tolist() == packing.block(5).tolist() == document.tolist()
+    assert packing.block(0).tokens.tolist() == packing.block(5).tokens.tolist() == document.tolist()
+
+
+def test_blocks_number_their_documents(opened, documents):
+    """In a stream the first may have begun before the block; padding has a number of its own."""
+    packing = DocumentPacking(opened, context_length=60, seed=SEED, pad=PAD)
+    for index in range(5):
+        block = packing.block(index)
+        ends = np.flatnonzero(block.tokens == E)
+        expected = np.searchsorted(ends, np.arange(61))
+        assert len(ends) > 1
+        assert block.documents.tolist() == expected.tolist()
+        assert set(block.documents[block.tokens == PAD]) <= {len(ends)}
+    stream = StreamPacking(opened, context_length=60, seed=SEED)
+    for index in range(5):
+        block = stream.block(index)
+        ends = np.flatnonzero(block.tokens == E)
+        assert block.documents.tolist() == np.searchsorted(ends, np.arange(61)).tolist()

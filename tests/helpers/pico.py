@@ -10,6 +10,18 @@ from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.weights.folder import TOKENIZER, VOCABULARY, FolderWriter
 
+LLAMA: dict[str, object] = {
+    "norm": "rms",
+    "affine_norm": True,
+    "positions": "rope",
+    "activation": "silu",
+    "gated": True,
+    "ffn_size": 80,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+}
+"""Settings of a Llama-style tower."""
+
 TEXTS = ["the quick brown fox jumps over the lazy dog", "a strawberry is a sweet red fruit"]
 
 

@@ -63,6 +63,15 @@ def loss_and_gradients(
     return (losses.mean, whole) if world.rank == 0 else None
 
 
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Largest ||a - b|| / (||a|| + 1e-3 ||all a||) over the logical tensors."""
+    everything = torch.stack([t.norm() for t in one.values()]).norm()
+    assert one.keys() == other.keys()
+    return max(
+        float((other[n] - t).norm() / (t.norm() + 1e-3 * everything)) for n, t in one.items()
+    )
+
+
 @torch.no_grad()
 def whole_logits(world: World, path: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits [B, S, V] of tokens [B, S], on one rank."""

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_jam.config.model import BridgeConfig, ModelConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.reference import reference_logits
-from tests.helpers.pico import pico_config, pico_folder
+from tests.helpers.pico import LLAMA, pico_config, pico_folder
 from tests.helpers.pool import WorkerPool
-from tests.helpers.runs import loss_and_gradients, random_batch, train_steps
+from tests.helpers.runs import distance, loss_and_gradients, random_batch, train_steps
 
 LAYOUTS = {
     "tp2": (ParallelConfig(tensor=2), 1, "none"),
@@ -30,26 +31,13 @@ LAYOUTS = {
     "pp2-dp2": (ParallelConfig(pipeline=2), 2, "none"),
 }
 SAMPLES, LENGTH = 4, 16
-KINDS = ["tower", "cross", "affine", "separate", "llama", "chameleon", "untied"]
-LLAMA = {
-    "norm": "rms",
-    "affine_norm": True,
-    "positions": "rope",
-    "activation": "silu",
-    "gated": True,
-    "ffn_size": 80,
-    "num_heads": 8,
-    "num_kv_heads": 4,
-}
+KINDS = ["tower", "cross", "affine", "separate", "llama", "chameleon", "untied", "one-way"]
 
 
-def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Largest ||a - b|| / (||a|| + 1e-3 ||all a||) over the logical tensors."""
-    everything = torch.stack([t.norm() for t in one.values()]).norm()
-    assert one.keys() == other.keys()
-    return max(
-        float((other[n] - t).norm() / (t.norm() + 1e-3 * everything)) for n, t in one.items()
-    )
+def one_way(config: ModelConfig) -> ModelConfig:
+    """Bridges into the text tower alone, behind layers 1 and 2, with a norm on what they read."""
+    bridges = BridgeConfig(layers=[1, 2], into="text", kv_norm=True)
+    return dataclasses.replace(config, bridges=bridges)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +51,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "affine": pico_config("cross", bias=True, affine_norm=True, activation="gelu"),
         "llama": pico_config("tower", **LLAMA),
         "chameleon": pico_config("cross", **LLAMA, qk_norm=True),
+        "one-way": one_way(pico_config("cross", affine_norm=True)),
         "untied": dataclasses.replace(pico_config("separate", bias=True), tied=False),
     }
     return {name: pico_folder(root / name, config) for name, config in configs.items()}
