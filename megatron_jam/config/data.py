@@ -74,7 +74,8 @@ class DataConfig:
 
     isolate_documents: bool = False
     """Whether a token attends to its own document alone, in towers and bridges, and positions begin
-    anew with each document. Retrieved documents are part of the one that they stand before."""
+    anew with each document, whose first token is not predicted. Retrieved documents are part of the
+    one that they stand before."""
 
     loss_on: Literal["all", "answers"] = "all"
     """answers: in sets of questions and answers only the answers and the </s> after each count;

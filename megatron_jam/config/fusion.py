@@ -8,6 +8,7 @@ from typing import Literal
 from megatron_jam.config.checks import check_types
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import read_settings
+from megatron_jam.config.model import check_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class FusionRecipe:
             raise UsageError(f"text_share is {self.text_share}; it must lie in 0..1")
         if self.every < 0:
             raise UsageError(f"every is {self.every}; it must be 0 (no bridges) or more")
+        check_layers(self.layers, "layers")
 
     @classmethod
     def load(cls, path: Path) -> "FusionRecipe":

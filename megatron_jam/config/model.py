@@ -128,8 +128,14 @@ class BridgeConfig:
         check_types(self, "bridges.")
         if self.every < 0:
             raise UsageError(f"bridges.every is {self.every}; it must be 0 (none) or more")
-        if sorted(set(self.layers)) != self.layers or min(self.layers, default=0) < 0:
-            raise UsageError(f"bridges.layers is {self.layers}; give layers from 0 on, rising")
+        check_layers(self.layers, "bridges.layers")
+
+
+def check_layers(layers: object, setting: str) -> None:
+    """Raise UsageError unless `layers` are rising whole numbers from 0 on."""
+    numbers = layers if isinstance(layers, list) else [None]
+    if not all(type(n) is int and n >= 0 for n in numbers) or sorted(set(numbers)) != numbers:
+        raise UsageError(f"{setting} is {layers!r}; give a list of layers from 0 on, rising")
 
 
 @dataclass(frozen=True, kw_only=True)

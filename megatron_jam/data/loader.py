@@ -122,7 +122,10 @@ def collate(
     samples: Sequence[Sample], *, isolate_documents: bool = False
 ) -> dict[str, torch.Tensor]:
     """A batch of samples of one length: tokens, labels int64, loss_mask float32, positions int64,
-    and documents int64 if they are isolated, each [batch, context_length]."""
+    and documents int64 if they are isolated, each [batch, context_length].
+
+    Isolated, a document's tokens count their own positions, and its first is not predicted.
+    """
     tokens, labels, documents = (
         torch.from_numpy(np.stack([getattr(each, name) for each in samples]))
         for name in ("tokens", "labels", "documents")
@@ -134,8 +137,11 @@ def collate(
         "positions": torch.arange(tokens.shape[1]).repeat(len(samples), 1),
     }
     if isolate_documents:
-        batch["positions"] = positions_within(documents)
-        batch["documents"] = documents
+        inputs, predicted = documents[:, :-1], documents[:, 1:]
+        batch["positions"] = positions_within(inputs)
+        batch["documents"] = inputs.contiguous()
+        # Nothing of a document predicts the next one.
+        batch["loss_mask"] *= inputs == predicted
     return batch
 
 
@@ -176,8 +182,8 @@ class EvaluationSamples(Sequence[Sample]):
             raise IndexError(index)
         first, last = self._cuts[index], self._cuts[index + 1]
         tokens = self._documents.tokens(first, last + 1)
-        begins = self._ends[(self._ends >= first) & (self._ends < last)] + 1 - first
-        pieces = np.split(tokens, begins)
+        inner = slice(*np.searchsorted(self._ends, [first, last]))
+        pieces = np.split(tokens, self._ends[inner] + 1 - first)
         block = Block.of(pieces, size=self._context_length + 1, pad=self._pad)
         return sample_from_block(block, pad=self._pad)
 
@@ -187,7 +193,7 @@ def _evaluation_cuts(ends: NDArray[np.int64], context_length: int) -> list[int]:
 
     `ends` are the places of the documents' last tokens.
     """
-    cuts, last = [0], int(ends[-1])
+    cuts, last = [0], int(ends[-1]) if len(ends) else -1
     while cuts[-1] < last:
         reach = cuts[-1] + context_length
         number = int(np.searchsorted(ends, reach, side="right")) - 1

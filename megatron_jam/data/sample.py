@@ -22,7 +22,7 @@ class Sample:
     """Whether labels[i] counts in the loss, [context_length]."""
 
     documents: NDArray[np.int64]
-    """Equal for the tokens of one document, [context_length]."""
+    """Equal for the tokens of one document; the last label's as well, [context_length + 1]."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def sample_from_block(
         tokens=block.tokens[:-1],
         labels=labels,
         loss_mask=loss_mask,
-        documents=block.documents[:-1],
+        documents=block.documents,
     )
 
 

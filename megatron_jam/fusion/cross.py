@@ -1,9 +1,9 @@
 """JAM-Cross: both towers kept, joined by bridges and a projection (paper section 2.1.3).
 
 What the paper leaves open follows the authors' code and docs/architecture.md: text rows of the one
-token table, with <s> <pad> </s> <unk>, come from the LLM; rows of image codes, <break>, <eoss> and
-sentinels from the image model, which alone has seen them; so do the positions. An affine last norm
-is the parents' average.
+token table (and of an untied head), with <s> <pad> </s> <unk>, come from the LLM; rows of image
+codes, <break>, <eoss> and sentinels from the image model, which alone has seen them; so do the
+positions. An affine last norm is the parents' average.
 """
 
 import dataclasses
@@ -13,7 +13,13 @@ from torch import Tensor
 
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import IMAGE, MAIN, TEXT, BridgeConfig, ModelConfig
-from megatron_jam.models.parameters import POSITIONS, TOKENS, parameter_table
+from megatron_jam.models.parameters import (
+    OUTPUT,
+    POSITIONS,
+    PROJECTION,
+    TOKENS,
+    parameter_table,
+)
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.initial import initial_tensor
 
@@ -44,8 +50,8 @@ def cross_tensor(
     if own:
         parent = {TEXT: text, IMAGE: image}[own[2]]
         return parent.read(f"{own[1]}.{own[3]}")
-    if name == TOKENS:
-        return _token_rows(text, image)
+    if name in (TOKENS, OUTPUT):
+        return _token_rows(name, text, image)
     if name == POSITIONS:
         return image.read(name)
     if name.startswith("head.norm."):
@@ -55,13 +61,14 @@ def cross_tensor(
         layer, tower, *weight = rest
         parent = {TEXT: text, IMAGE: image}[tower]
         return parent.read(".".join([kind, layer, MAIN, *weight]))
+    assert kind == "bridges" or name == PROJECTION, name
     config = cross_config(text, image, recipe)
     entry = next(e for e in parameter_table(config) if e.name == name)
     return initial_tensor(entry, config, seed=recipe.seed)
 
 
-def _token_rows(text: WeightsFolder, image: WeightsFolder) -> Tensor:
-    rows = image.read(TOKENS).clone()
+def _token_rows(name: str, text: WeightsFolder, image: WeightsFolder) -> Tensor:
+    rows = image.read(name).clone()
     span = text.vocabulary.text
-    rows[span.start : span.stop] = text.read(TOKENS, 0, span.start, span.stop)
+    rows[span.start : span.stop] = text.read(name, 0, span.start, span.stop)
     return rows

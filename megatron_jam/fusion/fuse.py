@@ -82,7 +82,7 @@ def check_parents(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecip
     differing = [
         field.name
         for field in dataclasses.fields(ModelConfig)
-        if field.name in ("towers", "max_positions", "position_offset")
+        if field.name in ("towers", "max_positions", "position_offset", "tied")
         and getattr(text.config, field.name) != getattr(image.config, field.name)
     ]
     if differing:

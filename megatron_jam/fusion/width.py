@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import MAIN, ModelConfig
-from megatron_jam.models.parameters import POSITIONS, TOKENS
+from megatron_jam.models.parameters import OUTPUT, POSITIONS, TOKENS
 from megatron_jam.weights.folder import WeightsFolder
 
 
@@ -23,6 +23,7 @@ def width_config(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe
         tower,
         hidden_size=2 * tower.hidden_size,
         num_heads=2 * tower.num_heads,
+        num_kv_heads=2 * tower.num_kv_heads,
         ffn_size=2 * tower.inner_size,
     )
     return dataclasses.replace(text.config, towers={MAIN: wide})
@@ -33,7 +34,7 @@ def width_tensor(
 ) -> Tensor:
     """One weight of the child from the two of the same name, in float64 if averaged."""
     t, i = text.read(name), image.read(name)
-    if name in (TOKENS, POSITIONS):
+    if name in (TOKENS, POSITIONS, OUTPUT):
         return torch.cat([t, i], dim=1)  # concatenated on the hidden dimension
     if t.dim() == 1:
         return torch.cat([t, i])  # biases and norms of each half

@@ -35,17 +35,19 @@ NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
 class HeadNorm(nn.Module):
     """Layer norm over each head, with scale and shift of each head's own (Chameleon).
 
-    Its rows are split over tensor-parallel ranks as the heads are.
+    They are split over tensor-parallel ranks as the heads are, and vectors [heads x H], which
+    Megatron's optimizer does not decay.
     """
 
     def __init__(self, num_heads: int, head_size: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_heads, head_size, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_heads, head_size, dtype=dtype))
+        self.weight = nn.Parameter(torch.ones(num_heads * head_size, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_heads * head_size, dtype=dtype))
 
     def forward(self, heads: Tensor) -> Tensor:
         """[S, B, N, H] -> the same, with Chameleon's epsilon."""
-        return F.layer_norm(heads, heads.shape[-1:], eps=1e-5) * self.weight + self.bias
+        weight, bias = (x.view(heads.shape[-2:]) for x in (self.weight, self.bias))
+        return F.layer_norm(heads, heads.shape[-1:], eps=1e-5) * weight + bias
 
 
 def _mark(norm: nn.Module, config: TransformerConfig) -> None:

@@ -50,7 +50,7 @@ class Parameter:
 
 
 TOKENS, POSITIONS = "embedding.tokens.weight", "embedding.positions.weight"
-PROJECTION = "head.projection.weight"
+PROJECTION, OUTPUT = "head.projection.weight", "head.output.weight"
 
 
 def parameter_table(config: ModelConfig) -> list[Parameter]:
@@ -166,7 +166,7 @@ def _head_norms(
         for kind, start in (("weight", "one"), ("bias", "zero")):
             yield Parameter(
                 name=f"{canonical}.attention.{letter}_norm.{kind}",
-                shape=(heads, tower.head_size),
+                shape=(heads * tower.head_size,),
                 split=0,
                 start=start,
                 module=f"{module}.norm_of_{letter}.{kind}",

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.utils import (
     make_sharded_tensor_for_checkpoint,
     make_tp_sharded_tensor_for_checkpoint,
@@ -140,7 +141,7 @@ def _local_key(holder: Holder) -> str:
     return f"{holder.key} (copy)" if holder.is_copy else holder.key
 
 
-def _sharded(holder: Holder, world: World) -> ShardedTensor:
+def _sharded(holder: Holder, world: World) -> ShardedTensor | ShardedTensorFactory:
     """A parameter's place in the whole model; the first stage's copy of a tied table is saved."""
     groups = {"tp_group": world.groups.tp, "dp_cp_group": world.groups.dp_cp}
     copy = int(holder.is_copy)
@@ -149,7 +150,7 @@ def _sharded(holder: Holder, world: World) -> ShardedTensor:
         return make_sharded_tensor_for_checkpoint(
             holder.parameter, holder.key, replica_id=replica, **groups
         )
-    return make_tp_sharded_tensor_for_checkpoint(
+    sharded = make_tp_sharded_tensor_for_checkpoint(
         holder.parameter,
         holder.key,
         holder.split,
@@ -158,3 +159,7 @@ def _sharded(holder: Holder, world: World) -> ShardedTensor:
         allow_shape_mismatch=holder.parts[0].is_vocabulary,
         **groups,
     )
+    if len(holder.parts) == 1 or holder.parts[0].unit:
+        return sharded
+    # A rank holds its rows of the gate, then its rows of fc1: two places in the whole tensor.
+    return apply_swiglu_sharded_factory(sharded, ())

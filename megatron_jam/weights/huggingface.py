@@ -64,20 +64,25 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     kind = settings.get("model_type")
     if kind not in _NAMES:
         raise UsageError(f"model_type is {kind!r}; known are {sorted(_NAMES)}")
-    tower = _opt(settings) if kind == "opt" else _llama(settings)
-    return ModelConfig(
-        towers={MAIN: tower},
-        vocab_size=settings["vocab_size"],
-        max_positions=settings["max_position_embeddings"],
-        tied=settings.get("tie_word_embeddings", kind == "opt"),
-    )
+    try:
+        return ModelConfig(
+            towers={MAIN: _opt(settings) if kind == "opt" else _llama(settings)},
+            vocab_size=settings["vocab_size"],
+            max_positions=settings["max_position_embeddings"],
+            tied=settings.get("tie_word_embeddings", kind == "opt"),
+        )
+    except KeyError as error:
+        raise UsageError(f"the {kind} config.json lacks {error}") from error
 
 
 def _opt(settings: Mapping[str, Any]) -> TowerConfig:
     width = settings["hidden_size"]
-    _require(settings, "do_layer_norm_before", True, "norms behind the branches (OPT-350M)")
-    _require(settings, "word_embed_proj_dim", width, "embeddings of another width")
-    _require(settings, "_remove_final_layer_norm", False, "no last norm")
+    _require(settings.get("do_layer_norm_before", True), "do_layer_norm_before: false (OPT-350M)")
+    _require(
+        settings.get("word_embed_proj_dim", width) == width,
+        "another word_embed_proj_dim (OPT-350M)",
+    )
+    _require(not settings.get("_remove_final_layer_norm", False), "_remove_final_layer_norm")
     return TowerConfig(
         num_layers=settings["num_hidden_layers"],
         hidden_size=width,
@@ -98,8 +103,8 @@ def _llama(settings: Mapping[str, Any]) -> TowerConfig:
     if (settings.get("head_dim") or width // heads) != width // heads:
         raise UsageError(f"head_dim is {settings['head_dim']}; it must be hidden_size / heads")
     bias = settings.get("attention_bias", False)
-    _require(settings, "mlp_bias", bias, "biases in some linear layers alone")
-    _require(settings, "swin_norm", False, "norms behind the branches (Chameleon-34B)")
+    _require(settings.get("mlp_bias", False) == bias, "mlp_bias other than attention_bias")
+    _require(not settings.get("swin_norm", False), "swin_norm (Chameleon-34B)")
     return TowerConfig(
         num_layers=settings["num_hidden_layers"],
         hidden_size=width,
@@ -124,7 +129,7 @@ def _activation(name: str) -> Any:
     return _ACTIVATIONS[name]
 
 
-def _require(settings: Mapping[str, Any], name: str, value: object, what: str) -> None:
-    """Refuse a setting other than `value`, which would mean `what`."""
-    if settings.get(name, value) != value:
-        raise UsageError(f"{name} is {settings[name]!r}: {what} are not supported")
+def _require(supported: bool, what: str) -> None:
+    """Refuse `what` unless it is supported."""
+    if not supported:
+        raise UsageError(f"towers do not support {what}")

@@ -16,7 +16,8 @@ def initial_tensor(parameter: Parameter, config: ModelConfig, *, seed: int, pad:
     Linear weights and tokens: N(0, init_std) cut at 3 sigma; residual outputs 0; positions
     init_std / 30 (CM3leon). Bridges: q, k, v Xavier-uniform with gain 1/sqrt(2), outputs
     init_std / sqrt(2 L) or 0; projection N(0, 1/sqrt(d)) or [I/2, I/2] (the authors' code).
-    Row `pad` of the token table, and of the unused first rows of the positions, is zero.
+    Row `pad` of the token table and of an untied head, and of the unused first rows of the
+    positions, is zero.
     """
     shape = parameter.shape
     generator = torch.Generator().manual_seed(_seed(seed, parameter.name))

@@ -93,7 +93,9 @@ def _heads(tower: TowerConfig, get: GetTensor, name: str, x: Tensor) -> Tensor:
 
 
 def _head_norm(get: GetTensor, name: str, x: Tensor) -> Tensor:
-    weight, bias = (get(f"{name}.{kind}")[:, None] for kind in ("weight", "bias"))
+    weight, bias = (
+        get(f"{name}.{kind}").view(x.shape[1], 1, x.shape[-1]) for kind in ("weight", "bias")
+    )
     return _normalise(x - x.mean(dim=-1, keepdim=True), 1e-5) * weight + bias
 
 

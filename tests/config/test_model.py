@@ -79,7 +79,10 @@ def tower(**changes: Any) -> dict[str, Any]:
         (tower(num_kv_heads=-1), "num_kv_heads -1 does not divide num_heads 2"),
         (tower(hidden_size=6, positions="rope"), r"head size 3 .* is odd"),
         (tower(rope_base=0.0), "rope_base is 0.0; it must be above 0"),
-        ({"bridges": {"layers": [1, 0]}}, r"bridges.layers is \[1, 0\]; give layers from 0 on"),
+        (
+            {"bridges": {"layers": [1, 0]}},
+            r"bridges.layers is \[1, 0\]; give a list of layers from 0 on",
+        ),
         ({"bridges": {"into": "main"}}, "bridges.into is 'main'; choose one of both, image, text"),
         ({**PAIR, "bridges": {"layers": [0, 2]}}, r"\[0, 2\], but the towers have layers 0 to 1"),
         (

@@ -210,12 +210,15 @@ def test_isolated_documents_count_their_own_positions(sets):
     dataset = build(DataConfig(sets=[sets["pairs"]], objective="cm3"))
     samples = [dataset.sample(i) for i in range(8)]
     batch = collate(samples, isolate_documents=True)
-    assert batch["documents"].tolist() == [sample.documents.tolist() for sample in samples]
+    assert batch["documents"].tolist() == [each.documents[:-1].tolist() for each in samples]
     for row, sample in enumerate(samples):
         seen = {}
-        for place, owner in enumerate(sample.documents.tolist()):
+        owners = sample.documents.tolist()
+        for place, owner in enumerate(owners[:-1]):
             assert batch["positions"][row, place] == seen.setdefault(owner, 0)
             seen[owner] += 1
+            counts = sample.loss_mask[place] and owner == owners[place + 1]
+            assert batch["loss_mask"][row, place] == counts
     assert any(np.any(np.diff(sample.documents) < 0) for sample in samples)
 
 

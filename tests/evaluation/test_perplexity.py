@@ -61,8 +61,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[DataS
     return pico_folder(root / "weights", config), sets
 
 
-def direct(path: Path, name: str) -> tuple[list[float], list[int]]:
-    """Nats and tokens by modality: whole documents in contexts of at most LENGTH tokens."""
+def direct(path: Path, name: str, isolated: bool = False) -> tuple[list[float], list[int]]:
+    """Nats and tokens by modality: whole documents in contexts of at most LENGTH tokens; isolated,
+    what a context has of each document is read by itself."""
     folder = WeightsFolder(path)
     weights = {n: folder.read(n) for n in folder.names}
     stream = torch.from_numpy(np.concatenate(documents(name)).astype(np.int64))
@@ -73,24 +74,28 @@ def direct(path: Path, name: str) -> tuple[list[float], list[int]]:
         reached = [end for end in ends if start < end <= start + LENGTH]
         stop = max(reached, default=min(start + LENGTH, len(stream) - 1))
         block = stream[start : stop + 1]
+        inner = [end + 1 - start for end in ends if start <= end < stop]
         start = stop
-        logits = reference_logits(folder.config, weights.__getitem__, block[None, :-1])[0]
-        nats = F.cross_entropy(logits, block[1:], reduction="none")
-        for kind, value in zip(VOCABULARY.modality[block[1:].numpy()], nats.tolist(), strict=True):
-            sums[kind] += value
-            counts[kind] += 1
-    assert sum(counts) == len(stream) - 1
+        for piece in block.tensor_split(inner) if isolated else [block]:
+            if len(piece) < 2:
+                continue
+            logits = reference_logits(folder.config, weights.__getitem__, piece[None, :-1])[0]
+            nats = F.cross_entropy(logits, piece[1:], reduction="none")
+            kinds = VOCABULARY.modality[piece[1:].numpy()]
+            for kind, value in zip(kinds, nats.tolist(), strict=True):
+                sums[kind] += value
+                counts[kind] += 1
+    assert sum(counts) == len(stream) - (len(ends) if isolated else 1)
     return sums, counts
 
 
 def measure(
-    world: World, path: Path, sets: list[DataSetConfig], micro: int
+    world: World, path: Path, sets: list[DataSetConfig], micro: int, isolated: bool = False
 ) -> dict[str, tuple[list[float], list[int], float, dict[str, float]]]:
     folder = WeightsFolder(path)
     step = ForwardBackward(build(folder, world, torch.float64), world, folder.vocabulary)
-    measured = measure_sets(
-        step, sets, folder, world, context_length=LENGTH, micro_batch_size=micro
-    )
+    settings = {"context_length": LENGTH, "micro_batch_size": micro, "isolate_documents": isolated}
+    measured = measure_sets(step, sets, folder, world, **settings)
     return {
         name: (x.sums.tolist(), [int(n) for n in x.counts], x.mean, x.by_modality())
         for name, x in measured.items()
@@ -129,6 +134,20 @@ def test_micro_batches_do_not_matter(
     due, numbers = direct(path, "text")
     assert result["text"][1] == numbers
     assert result["text"][0] == pytest.approx(due, rel=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["one", "tp4", "pp2-interleaved"])
+def test_isolated_documents(
+    pool: WorkerPool, layout: str, material: tuple[Path, list[DataSetConfig]]
+) -> None:
+    path, sets = material
+    parallel, data = LAYOUTS[layout]
+    result = pool.run(measure, parallel, path, sets, 4, True, data=data)[0]
+    for name, (sums, counts, _, _) in result.items():
+        due, numbers = direct(path, name, isolated=True)
+        assert counts == numbers
+        assert sums == pytest.approx(due, rel=1e-9)
+        assert sum(counts) < sum(direct(path, name)[1])
 
 
 def measure_too_long(world: World, path: Path, sets: list[DataSetConfig], length: int) -> None:

@@ -96,15 +96,16 @@ def test_provenance_says_where_every_tensor_is_from(
         ({"ffn_size": 64}, "differ in towers"),
         ({"bias": False}, "differ in towers"),
         ({"max_positions": 32}, "differ in max_positions"),
+        ({"tied": False}, "differ in tied"),
     ],
 )
 def test_unequal_parents_are_refused(
     method: str, changes: dict, message: str, parents: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    tower = {k: v for k, v in changes.items() if k != "max_positions"}
+    tower = {k: v for k, v in changes.items() if k not in ("max_positions", "tied")}
     config = pico_config("tower", **{"num_layers": 2, "bias": True, "affine_norm": True, **tower})
-    if "max_positions" in changes:
-        config = dataclasses.replace(config, max_positions=changes["max_positions"])
+    whole = {k: v for k, v in changes.items() if k not in tower}
+    config = dataclasses.replace(config, **whole)
     other = pico_folder(tmp_path / "other", config, dtype=torch.float32)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UsageError, match=f"method {method} needs parents of one shape.*{message}"):

@@ -29,6 +29,7 @@ from tests.generation.scenes import (
     slow_decode,
     talkative_folder,
 )
+from tests.helpers.pico import LLAMA
 from tests.helpers.pool import WorkerPool
 
 GREEDY = dataclasses.replace(SETTINGS, temperature=0, text_temperature=0)
@@ -46,7 +47,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tower, JAM-Cross with shared and own tables, and one with biases and learnable norms."""
+    """A tower, and JAM-Cross: with shared and own tables, of OPT's and of Chameleon's towers."""
     root = tmp_path_factory.mktemp("decoder")
     affine = {"bias": True, "affine_norm": True, "activation": "gelu"}
     return {
@@ -54,6 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "cross": talkative_folder(root / "cross", "cross"),
         "separate": talkative_folder(root / "separate", "separate"),
         "affine": talkative_folder(root / "affine", "cross", **affine),
+        "chameleon": talkative_folder(root / "chameleon", "cross", **LLAMA, qk_norm=True),
     }
 
 
@@ -72,7 +74,7 @@ def lists(tokens: list[np.ndarray]) -> list[list[int]]:
     return [each.tolist() for each in tokens]
 
 
-@pytest.mark.parametrize("kind", ["tower", "cross", "affine", "separate"])
+@pytest.mark.parametrize("kind", ["tower", "cross", "affine", "separate", "chameleon"])
 @torch.inference_mode()
 def test_cache_gives_the_logits_of_whole_forwards(
     kind: str, folders: dict[str, Path], world: World

@@ -1,5 +1,6 @@
 """A stopped and resumed run is the undisturbed one; state moves between layouts."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from megatron_jam.training.loop import Training
 from megatron_jam.training.step import ForwardBackward, Losses
 from megatron_jam.weights.folder import FolderWriter, WeightsFolder
 from megatron_jam.weights.load import gather_whole
-from tests.helpers.pico import pico_config, pico_folder, pico_tokenizer, pico_vocabulary
+from tests.helpers.pico import LLAMA, pico_config, pico_folder, pico_tokenizer, pico_vocabulary
 from tests.helpers.pool import WorkerPool
 
 LAYOUTS = {
@@ -35,11 +36,15 @@ LAYOUTS = {
 }
 
 
+CHAMELEON = dataclasses.replace(pico_config("cross", **LLAMA, qk_norm=True), tied=False)
+
+
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A JAM-Cross in fp32 and a small set of random documents."""
     root = tmp_path_factory.mktemp("resume")
     config = pico_config("cross", affine_norm=True, activation="gelu", bias=True)
+    pico_folder(root / "chameleon", CHAMELEON, dtype=torch.float32)
     weights = pico_folder(root / "weights", config, dtype=torch.float32)
     vocabulary = pico_vocabulary()
     rng = np.random.default_rng(0)
@@ -141,11 +146,19 @@ def test_resumed_run_is_bit_exact(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("kind", ["weights", "chameleon"])
 @pytest.mark.parametrize(("first", "second"), [("one", "tp2"), ("tp2", "one"), ("dp2", "tp2-pp2")])
 def test_resumes_under_another_layout(
-    pool: WorkerPool, first: str, second: str, material: tuple[Path, Path], tmp_path: Path
+    pool: WorkerPool,
+    first: str,
+    second: str,
+    kind: str,
+    material: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
-    """The same batches, and losses within rounding."""
+    """The same batches, and losses within rounding; also of gates, which each rank holds beside
+    their linear's rows, of norms of heads and of an untied head."""
+    material = (material[0].with_name(kind), material[1])
     base = settings(material, tmp_path / "whole", ParallelConfig())
     pool.run(run_training, ParallelConfig(), base)
     for layout, stop in ((first, 3), (second, 0)):
@@ -158,10 +171,12 @@ def test_resumes_under_another_layout(
         assert torch.allclose(value, other[name], atol=1e-5), name
 
 
+@pytest.mark.parametrize("kind", ["weights", "chameleon"])
 def test_moments_move_to_another_tensor_parallel_size(
-    pool: WorkerPool, material: tuple[Path, Path], tmp_path: Path
+    pool: WorkerPool, kind: str, material: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Saved at TP=1, loaded by fresh processes' optimizers at TP=2: bit for bit the same."""
+    material = (material[0].with_name(kind), material[1])
     values = settings(material, tmp_path / "run", ParallelConfig())
     saved = pool.run(run_training, ParallelConfig(), {**values, "stop_at": 4})[0]
     parallel = ParallelConfig(tensor=2)

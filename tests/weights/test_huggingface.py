@@ -90,7 +90,7 @@ def convert(model: torch.nn.Module, settings: dict[str, Any], path: Path) -> Wei
         path, config=config, source=source, shapes=shapes, dtype=torch.float32
     ) as writer:
         for name in shapes:
-            writer.write(name, tensors[names[name]].detach())
+            writer.write(name, tensors[names[name]].detach().reshape(shapes[name]))
         writer.finish({"source": "transformers"})
     return WeightsFolder(path)
 
@@ -117,6 +117,7 @@ def test_logits(name: str, tmp_path: Path, pool: WorkerPool) -> None:
         ("opt", {"model_type": "bert"}, "bert"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
         ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim"),
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
         ("opt", {"activation_function": "gelu"}, "gelu"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "llama3"),
         ("llama", {"head_dim": 32}, "head_dim"),
@@ -128,3 +129,20 @@ def test_refuses_what_towers_lack(name: str, changed: dict[str, Any], words: str
     _, settings = make(name)
     with pytest.raises(UsageError, match=words):
         model_config({**settings, **changed})
+
+
+@pytest.mark.parametrize(("name", "missing"), [("opt", "ffn_dim"), ("llama", "rms_norm_eps")])
+def test_a_missing_setting_is_named(name: str, missing: str) -> None:
+    _, settings = make(name)
+    del settings[missing]
+    with pytest.raises(UsageError, match=f"config.json lacks '{missing}'"):
+        model_config(settings)
+
+
+def test_biases_in_attention_alone_are_refused() -> None:
+    """Older files do not say `mlp_bias` at all."""
+    _, settings = make("llama")
+    del settings["mlp_bias"]
+    assert not model_config(settings).towers["main"].bias
+    with pytest.raises(UsageError, match="mlp_bias"):
+        model_config({**settings, "attention_bias": True})
