@@ -26,6 +26,7 @@ from megatron_jam.weights.folder import FolderWriter, WeightsFolder
 from megatron_jam.weights.load import gather_whole
 from tests.helpers.pico import LLAMA, pico_config, pico_folder, pico_tokenizer, pico_vocabulary
 from tests.helpers.pool import WorkerPool
+from tests.helpers.runs import distance
 
 LAYOUTS = {
     "one": (ParallelConfig(), 1),
@@ -166,9 +167,7 @@ def test_resumes_under_another_layout(
         values = settings(material, tmp_path / "moved", parallel)
         pool.run(run_training, parallel, {**values, "stop_at": stop}, data=data)
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
-    one, other = tensors(tmp_path / "whole"), tensors(tmp_path / "moved")
-    for name, value in one.items():
-        assert torch.allclose(value, other[name], atol=1e-5), name
+    assert distance(tensors(tmp_path / "whole"), tensors(tmp_path / "moved")) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["weights", "chameleon"])
