@@ -9,24 +9,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm over the width; sequence parallelism sums its gradients over ranks."""
+class _Norm:
+    """Takes what Megatron's layers give a norm; sequence parallelism sums its gradients."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, affine: bool = False
     ) -> None:
-        super().__init__(hidden_size, eps, elementwise_affine=affine, dtype=config.params_dtype)
-        _mark(self, config)
+        settings = {"elementwise_affine": affine, "dtype": config.params_dtype}
+        super().__init__(hidden_size, eps, **settings)  # type: ignore[call-arg]
+        for parameter in self.parameters():  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
 
 
-class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm over the width; sequence parallelism sums its gradients over ranks."""
+class LayerNorm(_Norm, nn.LayerNorm):
+    """Layer norm over the width."""
 
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, affine: bool = False
-    ) -> None:
-        super().__init__(hidden_size, eps, elementwise_affine=affine, dtype=config.params_dtype)
-        _mark(self, config)
+
+class RMSNorm(_Norm, nn.RMSNorm):
+    """Root-mean-square norm over the width."""
 
 
 NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
@@ -48,8 +48,3 @@ class HeadNorm(nn.Module):
         """[S, B, N, H] -> the same, with Chameleon's epsilon."""
         weight, bias = (x.view(heads.shape[-2:]) for x in (self.weight, self.bias))
         return F.layer_norm(heads, heads.shape[-1:], eps=1e-5) * weight + bias
-
-
-def _mark(norm: nn.Module, config: TransformerConfig) -> None:
-    for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
