@@ -15,6 +15,7 @@ from megatron_jam.config.data import Cm3Config, DataConfig, DataSetConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.config.run import OptimizerConfig, RunConfig
 from megatron_jam.data.indexed import write_set
+from megatron_jam.data.loader import build_dataset
 from megatron_jam.evaluation.perplexity import measure_sets
 from megatron_jam.models.parameters import parameter_table
 from megatron_jam.models.sharding import holders, unpack
@@ -24,6 +25,7 @@ from megatron_jam.training.loop import Training
 from megatron_jam.training.step import ForwardBackward, Losses
 from megatron_jam.weights.folder import FolderWriter, WeightsFolder
 from megatron_jam.weights.load import gather_whole
+from megatron_jam.weights.reference import reference_logits
 from tests.helpers.pico import LLAMA, pico_config, pico_folder, pico_tokenizer, pico_vocabulary
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import distance
@@ -263,3 +265,33 @@ def test_only_complete_checkpoints_count_and_old_ones_go(
     assert [p.name for p in complete_checkpoints(folder)] == ["step-00000005", "step-00000006"]
     (folder / "step-00000006/jam.json").unlink()
     assert [p.name for p in complete_checkpoints(folder)] == ["step-00000005"]
+
+
+def test_isolated_documents_reach_the_model(
+    pool: WorkerPool, material: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The first step's loss is the plain reference's, each document read by itself."""
+    found = []
+    for isolated in (False, True):
+        values = settings(material, tmp_path / str(isolated), ParallelConfig())
+        data = DataConfig(sets=values["data"].sets, isolate_documents=isolated)
+        changed = {"data": data, "steps": 1, "validation": []}
+        pool.run(run_training, ParallelConfig(), {**values, **changed})
+        found.append(losses(tmp_path / str(isolated))[0])
+    folder = WeightsFolder(material[0])
+    assert found[1] == pytest.approx(isolated_loss(folder, data), rel=1e-5)
+    assert abs(found[0] - found[1]) > 1e-3
+
+
+def isolated_loss(folder: WeightsFolder, data: DataConfig) -> float:
+    """Loss of the first batch by the plain reference, each document's part read by itself."""
+    dataset = build_dataset(data, folder.vocabulary, context_length=32, seed=0)
+    nats = []
+    for sample in (dataset.sample(i) for i in range(4)):
+        tokens = torch.from_numpy(np.append(sample.tokens, sample.labels[-1]))
+        for number in np.unique(sample.documents):
+            part = tokens[torch.from_numpy(sample.documents == number)]
+            if len(part) > 1:
+                logits = reference_logits(folder.config, folder.read, part[None, :-1])[0]
+                nats.append(torch.nn.functional.cross_entropy(logits, part[1:], reduction="none"))
+    return float(torch.cat(nats).mean())
