@@ -51,9 +51,17 @@ class FusionRecipe:
     projection: Literal["random", "half"] = "random"
     """cross: how the [image ; text] projection begins; `half` is the mean of both towers."""
 
-    separate: bool = False
-    """cross: towers keep their own token tables, positions and outputs, and there is no projection;
-    with `bridges: zero` the child begins with exactly its parents' logits."""
+    tables: Literal["shared", "per_tower"] = "shared"
+    """cross: one token table and one position table for both towers, or each parent's own."""
+
+    head: Literal["project", "wide"] = "project"
+    """cross: a projection of both towers for all output rows, or each tower's norm for its rows.
+    With `tables: per_tower`, `head: wide` and `bridges: zero` the child begins with exactly its
+    parents' logits."""
+
+    alignment: list[int] = field(default_factory=list)
+    """cross: which layer of the deeper parent each layer of the shallower one stands beside; none
+    spreads them evenly."""
 
     seed: int = 0
     """cross: of the bridges and the projection."""
@@ -65,6 +73,7 @@ class FusionRecipe:
         if self.every < 0:
             raise UsageError(f"every is {self.every}; it must be 0 (no bridges) or more")
         check_layers(self.layers, "layers")
+        check_layers(self.alignment, "alignment")
 
     @classmethod
     def load(cls, path: Path) -> "FusionRecipe":

@@ -157,13 +157,22 @@ class ModelConfig:
     tied: bool = True
     """Whether output rows are the token table's; False gives the head rows of its own."""
 
-    separate: bool = False
-    """Two towers with token tables, positions and outputs of their own, and no projection: rows of
-    text ids read the text tower, all other rows the image tower. With zero bridges such a model
-    begins with exactly its parents' logits. False is the authors' code: one of each."""
+    tables: Literal["shared", "per_tower"] = "shared"
+    """Whether two towers share one token table and one position table (the authors' code) or keep
+    their own. A shared table is as wide as the wider tower; the other reads a projection of it."""
+
+    head: Literal["project", "wide"] = "project"
+    """How two towers' states become logits: `project`, norm(Linear([image ; text])) for all rows
+    (the authors' code), or `wide`, each tower's own norm, rows of text ids reading the text tower
+    and all other rows the image tower. With per-tower tables, the wide head and zero bridges a
+    model begins with exactly its parents' logits."""
 
     text_ids: list[int] = field(default_factory=lambda: [0, 0])
-    """First text id and how many there are, which `separate` needs."""
+    """First text id and how many there are, which per-tower tables and the wide head need."""
+
+    alignment: list[int] = field(default_factory=list)
+    """For towers of unlike depth: which layer of the deeper one (from 0) each layer of the other
+    stands beside; none spreads them evenly."""
 
     init_std: float = 0.006
     """Standard deviation of fresh weights (CM3leon), cut at 3 sigma."""
@@ -172,7 +181,7 @@ class ModelConfig:
     """Bridges between two towers; ignored for one."""
 
     projection_start: Literal["random", "half"] = "random"
-    """How JAM-Cross's [image ; text] -> d projection begins: N(0, 1/sqrt(d)) as the authors' code,
+    """How the projecting head's [image ; text] -> d begins: N(0, 1/sqrt(d)) as the authors' code,
     or [I/2, I/2], which keeps the parents' output map."""
 
     def __post_init__(self) -> None:
@@ -181,27 +190,48 @@ class ModelConfig:
             raise UsageError(
                 f"towers are {sorted(self.towers)}; give either `{MAIN}` or `{IMAGE}` and `{TEXT}`"
             )
-        if self.is_pair:
-            image, text = self.towers[IMAGE], self.towers[TEXT]
-            for name in ("num_layers", "hidden_size"):
-                if getattr(image, name) != getattr(text, name):
-                    raise UsageError(f"towers image and text differ in {name}")
-            if image.positions != text.positions and not self.separate:
-                raise UsageError("towers image and text differ in positions; set separate: true")
-            if max(self.bridges.layers, default=0) >= self.num_layers:
-                raise UsageError(
-                    f"bridges.layers is {self.bridges.layers}, but the towers have layers 0 to"
-                    f" {self.num_layers - 1}"
-                )
         for name in ("vocab_size", "max_positions"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.separate and not (self.is_pair and len(self.text_ids) == 2 and self.text_ids[1]):
-            raise UsageError("separate needs towers image and text, and text_ids: [first, count]")
         if self.position_offset < 0:
             raise UsageError(f"position_offset is {self.position_offset}; it must be 0 or more")
         if not self.init_std > 0:
             raise UsageError(f"init_std is {self.init_std}; it must be above 0")
+        if self.is_pair:
+            self._check_pair()
+        elif self.tables != "shared" or self.head != "project" or self.alignment:
+            raise UsageError("tables, head and alignment are for towers image and text")
+
+    def _check_pair(self) -> None:
+        image, text = self.towers[IMAGE], self.towers[TEXT]
+        if image.positions != text.positions and self.tables == "shared":
+            raise UsageError("towers image and text differ in positions; set tables: per_tower")
+        if max(self.bridges.layers, default=0) >= self.num_layers:
+            raise UsageError(
+                f"bridges.layers is {self.bridges.layers}, but the towers have layers 0 to"
+                f" {self.num_layers - 1}"
+            )
+        if self.readers == PAIR and not self._has_text_ids():
+            raise UsageError(
+                "tables: per_tower and head: wide need text_ids: [first, count] within vocab_size"
+                f" {self.vocab_size}, not {self.text_ids!r}"
+            )
+        if self.alignment:
+            check_layers(self.alignment, "alignment")
+            depth = min(image.num_layers, text.num_layers)
+            if image.num_layers == text.num_layers:
+                raise UsageError("alignment is for towers of unlike depth; leave it out")
+            if len(self.alignment) != depth or self.alignment[-1] >= self.num_layers:
+                raise UsageError(
+                    f"alignment is {self.alignment}; give {depth} layers of 0 to"
+                    f" {self.num_layers - 1}, one for each layer of the shallower tower"
+                )
+
+    def _has_text_ids(self) -> bool:
+        ids = self.text_ids
+        if not isinstance(ids, list) or [type(each) for each in ids] != [int, int]:
+            return False
+        return ids[0] >= 0 and ids[1] > 0 and sum(ids) <= self.vocab_size
 
     @property
     def is_pair(self) -> bool:
@@ -215,13 +245,56 @@ class ModelConfig:
 
     @property
     def num_layers(self) -> int:
-        """Layers of each tower."""
-        return next(iter(self.towers.values())).num_layers
+        """Layers of the deeper tower."""
+        return max(tower.num_layers for tower in self.towers.values())
 
     @property
     def hidden_size(self) -> int:
-        """Width of the embedding and of the head, d."""
-        return next(iter(self.towers.values())).hidden_size
+        """Width of the wider tower, and of a shared token table."""
+        return max(tower.hidden_size for tower in self.towers.values())
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """Token tables: one, `main`, or each tower's."""
+        return PAIR if self.is_pair and self.tables == "per_tower" else (MAIN,)
+
+    def table_width(self, table: str) -> int:
+        """Width of a token table."""
+        return self.hidden_size if table == MAIN else self.towers[table].hidden_size
+
+    def table_tower(self, table: str) -> TowerConfig:
+        """The tower whose kind of positions and norm go with a table; for a shared one the first
+        of the wider."""
+        if table != MAIN:
+            return self.towers[table]
+        towers = (self.towers[name] for name in self.tower_names)
+        return next(tower for tower in towers if tower.hidden_size == self.hidden_size)
+
+    @property
+    def projected_towers(self) -> tuple[str, ...]:
+        """Towers that are narrower than the shared table that they read."""
+        if self.tables == "per_tower":
+            return ()
+        return tuple(n for n in self.tower_names if self.towers[n].hidden_size < self.hidden_size)
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """What the head makes logits of: one hidden state, `main`, for all rows, or one for the
+        rows of each tower."""
+        shared = self.tables == "shared" and self.head == "project"
+        return PAIR if self.is_pair and not shared else (MAIN,)
+
+    def other_tower(self, name: str) -> TowerConfig:
+        """The tower that a bridge into tower `name` reads."""
+        return self.towers[TEXT if name == IMAGE else IMAGE]
+
+    def tower_layer(self, tower: str, layer: int) -> int | None:
+        """Which of a tower's layers (from 0) is part of the model's layer `layer`, or None."""
+        depth = self.towers[tower].num_layers
+        if depth == self.num_layers:
+            return layer
+        places = self.alignment or [i * self.num_layers // depth for i in range(depth)]
+        return places.index(layer) if layer in places else None
 
     @property
     def joint_size(self) -> int:

@@ -13,6 +13,7 @@ from megatron_jam.config.cli import parse
 from megatron_jam.config.data import DataConfig, DataSetConfig
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import write_text_atomically
+from megatron_jam.config.model import PAIR
 from megatron_jam.config.parallel import ParallelConfig
 
 
@@ -100,6 +101,13 @@ class RunConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, attention scores, whole layers."""
 
+    dropout: float = 0.0
+    """Share of each residual branch's output that is zeroed in training."""
+
+    freeze: list[str] = field(default_factory=list)
+    """Towers of a JAM-Cross (image, text) whose parent's weights stay as they are; bridges,
+    projections and shared tables learn."""
+
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Degrees of parallelism."""
 
@@ -129,6 +137,10 @@ class RunConfig:
         for name in ("validate_every", "checkpoint_every", "stop_at", "seed"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"dropout is {self.dropout}; it must be in [0, 1)")
+        if not set(self.freeze) <= set(PAIR):
+            raise UsageError(f"freeze is {self.freeze}; it may hold image and text")
         self.parallel.check_length(self.context_length)
 
     def num_micro_batches(self, world_size: int) -> int:

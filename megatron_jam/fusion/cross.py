@@ -3,23 +3,18 @@
 What the paper leaves open follows the authors' code and docs/architecture.md: text rows of the one
 token table (and of an untied head), with <s> <pad> </s> <unk>, come from the LLM; rows of image
 codes, <break>, <eoss> and sentinels from the image model, which alone has seen them; so do the
-positions. An affine last norm is the parents' average.
+positions. An affine last norm is the parents' average. A shared table of unlike parents is as wide
+as the wider: rows of the narrower end in zeros, positions and last norm are the wider one's.
 """
 
 import dataclasses
-import re
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import IMAGE, MAIN, TEXT, BridgeConfig, ModelConfig
-from megatron_jam.models.parameters import (
-    OUTPUT,
-    POSITIONS,
-    PROJECTION,
-    TOKENS,
-    parameter_table,
-)
+from megatron_jam.models.parameters import POSITIONS, Parameter
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.initial import initial_tensor
 
@@ -37,38 +32,43 @@ def cross_config(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe
             start=recipe.bridges,
         ),
         projection_start=recipe.projection,
-        separate=recipe.separate,
-        text_ids=list(text.vocabulary.text) if recipe.separate else [0, 0],
+        tables=recipe.tables,
+        head=recipe.head,
+        text_ids=list(text.vocabulary.text),
+        alignment=recipe.alignment,
     )
 
 
 def cross_tensor(
-    name: str, text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe
+    entry: Parameter,
+    config: ModelConfig,
+    text: WeightsFolder,
+    image: WeightsFolder,
+    recipe: FusionRecipe,
 ) -> Tensor:
     """One weight of the child: a parent's, or a fresh one drawn from (seed, name)."""
-    own = re.fullmatch(f"(embedding|head)\\.({IMAGE}|{TEXT})\\.(.*)", name)
-    if own:
-        parent = {TEXT: text, IMAGE: image}[own[2]]
-        return parent.read(f"{own[1]}.{own[3]}")
-    if name in (TOKENS, OUTPUT):
-        return _token_rows(name, text, image)
-    if name == POSITIONS:
-        return image.read(name)
-    if name.startswith("head.norm."):
-        return (text.read(name).double() + image.read(name).double()) / 2
+    name, parents = entry.name, {TEXT: text, IMAGE: image}
     kind, *rest = name.split(".")
     if kind == "layers":
         layer, tower, *weight = rest
-        parent = {TEXT: text, IMAGE: image}[tower]
-        return parent.read(".".join([kind, layer, MAIN, *weight]))
-    assert kind == "bridges" or name == PROJECTION, name
-    config = cross_config(text, image, recipe)
-    entry = next(e for e in parameter_table(config) if e.name == name)
-    return initial_tensor(entry, config, seed=recipe.seed)
+        return parents[tower].read(".".join([kind, layer, MAIN, *weight]))
+    if entry.is_new:
+        return initial_tensor(entry, config, seed=recipe.seed)
+    if entry.tower is not None:
+        return parents[entry.tower].read(name.replace(f".{entry.tower}.", "."))
+    if entry.is_vocabulary:
+        return _token_rows(name, text, image)
+    widest = [each for each in (image, text) if each.config.hidden_size == config.hidden_size]
+    found = [each.read(name) for each in widest if name in each.names]
+    if name == POSITIONS or len(found) == 1:
+        return found[0]
+    return (found[0].double() + found[1].double()) / 2  # the last norm
 
 
 def _token_rows(name: str, text: WeightsFolder, image: WeightsFolder) -> Tensor:
-    rows = image.read(name).clone()
     span = text.vocabulary.text
-    rows[span.start : span.stop] = text.read(name, 0, span.start, span.stop)
+    of_image, of_text = image.read(name), text.read(name, 0, span.start, span.stop)
+    rows = of_image.new_zeros(len(of_image), max(of_image.shape[1], of_text.shape[1]))
+    rows[:, : of_image.shape[1]] = of_image
+    rows[span.start : span.stop] = F.pad(of_text, (0, rows.shape[1] - of_text.shape[1]))
     return rows

@@ -31,13 +31,14 @@ def fuse(recipe: FusionRecipe) -> ModelConfig:
     check_parents(text, image, recipe)
     configure, compute = METHODS[recipe.method]
     config = configure(text, image, recipe)
-    shapes = {entry.name: entry.shape for entry in parameter_table(config)}
+    table = parameter_table(config)
+    shapes = {entry.name: entry.shape for entry in table}
     dtype = text.read(TOKENS, 0, 0, 1).dtype
     with FolderWriter(
         recipe.output, config=config, source=text.path, shapes=shapes, dtype=dtype
     ) as writer:
-        for name in shapes:
-            writer.write(name, compute(name, text, image, recipe))
+        for entry in table:
+            writer.write(entry.name, compute(entry, config, text, image, recipe))
         settings = {k: v for k, v in dataclasses.asdict(recipe).items() if k != "output"}
         writer.finish(
             {
@@ -79,12 +80,10 @@ def check_parents(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecip
         raise UsageError(
             f"{text.tokenizer_path} and {image.tokenizer_path} differ; parents share one tokenizer"
         )
-    differing = [
-        field.name
-        for field in dataclasses.fields(ModelConfig)
-        if field.name in ("towers", "max_positions", "position_offset", "tied")
-        and getattr(text.config, field.name) != getattr(image.config, field.name)
-    ]
+    # JAM-Cross takes towers as they are.
+    same = ["max_positions", "position_offset", "tied"]
+    same += [] if recipe.method == "cross" else ["towers"]
+    differing = [name for name in same if getattr(text.config, name) != getattr(image.config, name)]
     if differing:
         raise UsageError(
             f"method {recipe.method} needs parents of one shape; {text.path} and {image.path}"

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import ModelConfig
+from megatron_jam.models.parameters import Parameter
 from megatron_jam.weights.folder import WeightsFolder
 
 
@@ -13,8 +14,12 @@ def uniform_config(text: WeightsFolder, image: WeightsFolder, recipe: FusionReci
 
 
 def uniform_tensor(
-    name: str, text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe
+    entry: Parameter,
+    config: ModelConfig,
+    text: WeightsFolder,
+    image: WeightsFolder,
+    recipe: FusionRecipe,
 ) -> Tensor:
     """share * LLM + (1 - share) * image model, in float64."""
     share = recipe.text_share
-    return share * text.read(name).double() + (1 - share) * image.read(name).double()
+    return share * text.read(entry.name).double() + (1 - share) * image.read(entry.name).double()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import MAIN, ModelConfig
-from megatron_jam.models.parameters import OUTPUT, POSITIONS, TOKENS
+from megatron_jam.models.parameters import OUTPUT, POSITIONS, TOKENS, Parameter
 from megatron_jam.weights.folder import WeightsFolder
 
 
@@ -30,11 +30,15 @@ def width_config(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe
 
 
 def width_tensor(
-    name: str, text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe
+    entry: Parameter,
+    config: ModelConfig,
+    text: WeightsFolder,
+    image: WeightsFolder,
+    recipe: FusionRecipe,
 ) -> Tensor:
     """One weight of the child from the two of the same name, in float64 if averaged."""
-    t, i = text.read(name), image.read(name)
-    if name in (TOKENS, POSITIONS, OUTPUT):
+    t, i = text.read(entry.name), image.read(entry.name)
+    if entry.name in (TOKENS, POSITIONS, OUTPUT):
         return torch.cat([t, i], dim=1)  # concatenated on the hidden dimension
     if t.dim() == 1:
         return torch.cat([t, i])  # biases and norms of each half

@@ -32,7 +32,11 @@ from megatron_jam.models.norms import NORMS
 
 
 def engine_config(
-    tower: TowerConfig, parallel: ParallelConfig, dtype: torch.dtype, recompute: str
+    tower: TowerConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    recompute: str,
+    dropout: float = 0.0,
 ) -> TransformerConfig:
     """A tower's settings in Megatron-Core's terms."""
     return TransformerConfig(
@@ -45,7 +49,7 @@ def engine_config(
         gated_linear_unit=tower.gated,
         add_bias_linear=tower.bias,
         layernorm_epsilon=tower.norm_epsilon,
-        hidden_dropout=0.0,
+        hidden_dropout=dropout,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         # Stages are ours: Megatron would add a stage's offset to the layer numbers by itself.
@@ -75,10 +79,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def build_norm(tower: TowerConfig, config: TransformerConfig) -> nn.Module:
-    """A tower's norm over its width, outside Megatron's layers."""
-    norm = NORMS[tower.norm]
-    return norm(config, tower.hidden_size, tower.norm_epsilon, affine=tower.affine_norm)
+def build_norm(
+    tower: TowerConfig, config: TransformerConfig, width: int | None = None
+) -> nn.Module:
+    """A norm of a tower's kind over its width, or another one, outside Megatron's layers."""
+    width = width or tower.hidden_size
+    return NORMS[tower.norm](config, width, tower.norm_epsilon, affine=tower.affine_norm)
 
 
 def _norm(tower: TowerConfig) -> ModuleSpec:
@@ -116,15 +122,21 @@ def tower_layer_spec(tower: TowerConfig) -> ModuleSpec:
     )
 
 
-def bridge_spec(tower: TowerConfig) -> ModuleSpec:
-    """norm on the reader's states -> causal cross-attention to the raw states of the other tower
-    -> add; norm -> FFN -> add (the authors' code; the paper's eq. 4-5 show the attention alone)."""
+def bridge_spec(tower: TowerConfig, width: int) -> ModuleSpec:
+    """norm on the reader's states -> causal cross-attention to the raw states of the other tower,
+    of another `width` maybe -> add; norm -> FFN -> add (the authors' code; the paper's eq. 4-5 show
+    the attention alone)."""
+
+    def linear_kv(_: int, *sizes: int, **settings: Any) -> nn.Module:
+        # Megatron's cross-attention knows one width, that of the reader.
+        return ColumnParallelLinear(width, *sizes, **settings)
+
     attention = ModuleSpec(
         module=CrossAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=CrossAttentionSubmodules(
             linear_q=ColumnParallelLinear,
-            linear_kv=ColumnParallelLinear,
+            linear_kv=linear_kv,
             core_attention=CausalAttention,
             linear_proj=RowParallelLinear,
         ),
@@ -153,38 +165,38 @@ class JointLayer(nn.Module):
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__()
-        towers = {name: model.towers[name] for name in model.tower_names}
+        self.names = model.tower_names
 
-        def build(spec: Callable[[TowerConfig], ModuleSpec], tower: TowerConfig) -> Any:
+        def build(spec: ModuleSpec, tower: TowerConfig) -> Any:
             settings = {"layer_number": layer + 1, "pg_collection": groups}
-            return build_module(spec(tower), config=engine(tower), **settings)
+            return build_module(spec, config=engine(tower), **settings)
 
-        self.towers = nn.ModuleDict(
-            {name: build(tower_layer_spec, tower) for name, tower in towers.items()}
-        )
-        # A bridge has as many heads for keys and values as for queries.
-        written = {n: replace(towers[n], num_kv_heads=0) for n in model.bridges_into(layer)}
-        self.bridges = nn.ModuleDict(
-            {name: build(bridge_spec, tower) for name, tower in written.items()}
-        )
-        self.context_norms = nn.ModuleDict(
-            {name: build_norm(tower, engine(tower)) for name, tower in written.items()}
-            if model.bridges.kv_norm
-            else {}
-        )
+        self.towers, self.bridges = nn.ModuleDict(), nn.ModuleDict()
+        self.context_norms = nn.ModuleDict()
+        for name in model.tower_names:
+            if model.tower_layer(name, layer) is not None:
+                tower = model.towers[name]
+                self.towers[name] = build(tower_layer_spec(tower), tower)
+        for name in model.bridges_into(layer):
+            # A bridge has as many heads for keys and values as for queries.
+            tower, other = replace(model.towers[name], num_kv_heads=0), model.other_tower(name)
+            self.bridges[name] = build(bridge_spec(tower, other.hidden_size), tower)
+            if model.bridges.kv_norm:
+                norm = build_norm(tower, engine(tower), other.hidden_size)
+                self.context_norms[name] = norm
 
     def forward(self, places: Places, *states: Tensor) -> tuple[Tensor, ...]:
         """Map each tower's states [S, B, d] to its next ones."""
-        mask = places.visible
-        towers = zip(self.towers.values(), states, places.angles, strict=True)
-        states = tuple(
-            tower(state, attention_mask=mask, rotary_pos_emb=angles)[0]
-            for tower, state, angles in towers
-        )
+        mask, reached = places.visible, list(states)
+        for i, name in enumerate(self.names):
+            if name in self.towers:
+                angles = places.angles[i]
+                tower = self.towers[name]
+                reached[i] = tower(states[i], attention_mask=mask, rotary_pos_emb=angles)[0]
         if not self.bridges:
-            return states
+            return tuple(reached)
         # Both directions read the states from before either update.
-        image, text = states
+        image, text = reached
         return self._bridge(IMAGE, image, text, mask), self._bridge(TEXT, text, image, mask)
 
     def _bridge(self, name: str, state: Tensor, other: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,63 +1,157 @@
-"""Cross-entropy over a vocabulary that tensor parallelism splits.
+"""Output rows and cross-entropy in one, over a vocabulary that tensor parallelism splits.
 
-Megatron's own casts float64 to fp32, reads a global group and counts padded rows; this one does
-none of that. Letters: S sequence, B batch, v this rank's share of the vocabulary.
+The logits of a long batch are its largest tensor by far. Here they live for a few tokens at a time:
+their loss and, in the same pass, the gradients of what they were made from.
+Megatron's own cross-entropy casts float64 to fp32, reads a global group, counts padded rows and
+holds all logits. Letters: T tokens, d width, v this rank's share of the vocabulary.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+LOGITS_AT_ONCE = 1 << 24
+"""How many logits of a rank exist at a time (64 MiB in fp32)."""
 
-def vocab_parallel_cross_entropy(
-    logits: Tensor, labels: Tensor, *, num_real: int, group: dist.ProcessGroup
-) -> Tensor:
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A run of output rows, and which hidden state they are multiplied with."""
+
+    start: int
+    """First row of this rank's share."""
+
+    stop: int
+    """Row behind the last."""
+
+    hidden: int
+    """Number of the hidden state."""
+
+    table: int
+    """Number of the table that holds the rows."""
+
+    def logits(self, hidden: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
+        """[..., d] of each hidden state, [v, d] of each table -> [..., stop - start]."""
+        return hidden[self.hidden] @ tables[self.table][self.start : self.stop].T
+
+
+def linear_cross_entropy(
+    hidden: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    readings: Sequence[Reading],
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    num_real: int,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each label.
 
     Args:
-        logits: this rank's share, [S, B, v]; rank r holds ids r*v ... r*v + v - 1.
-        labels: int64 [S, B], the same on every rank of `group`.
-        num_real: columns of this rank that are no padding.
+        hidden: [T, d] each, the same on every rank of `group`; their gradients are this rank's
+            part of a sum.
+        tables: this rank's output rows, [v, d] each; rank r holds ids r*v ... r*v + v - 1.
+        readings: which rows read what; together they are all v rows.
+        labels: int64 [T], the same on every rank.
+        mask: float [T]; weight of each token in the sum.
+        num_real: rows of this rank that are no padding.
         group: the tensor-parallel ranks.
 
     Returns:
-        Nats [S, B], in fp32 (float64 for float64 logits).
+        Nats in fp32 (float64 for float64 states): the weighted sum, a scalar that alone carries a
+        gradient, and each token's [T].
     """
-    return _CrossEntropy.apply(logits, labels, num_real, group)
+    wanted = [torch.is_grad_enabled() and each.requires_grad for each in (*hidden, *tables)]
+    settings = (readings, num_real, group, len(hidden), wanted)
+    return _LinearCrossEntropy.apply(labels, mask, settings, *hidden, *tables)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, num_real: int, group: Any) -> Tensor:
-        width = logits.shape[-1]
-        real = logits[..., :num_real]
-        real = real.float() if logits.dtype.itemsize < 4 else real
-        shape = labels.shape
-        # A rank whose rows are all padding takes part with nothing.
-        top = real.amax(-1) if num_real else real.new_full(shape, -torch.inf)
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-        shifted = real - top.unsqueeze(-1)
-        local = labels - dist.get_rank(group) * width
-        mine = (local >= 0) & (local < num_real)
-        local = torch.where(mine, local, 0)
-        sums = real.new_zeros(2, *shape)
-        if num_real:
-            sums[1] = torch.where(mine, shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1), 0)
-            shifted.exp_()
-            sums[0] = shifted.sum(-1)
-        dist.all_reduce(sums, group=group)
-        ctx.save_for_backward(shifted.div_(sums[0].unsqueeze(-1)), local, mine)
-        ctx.width, ctx.dtype = width, logits.dtype
-        return sums[0].log() - sums[1]
+    def forward(  # type: ignore[override]
+        ctx: Any, labels: Tensor, mask: Tensor, settings: tuple, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        readings, num_real, group, num_hidden, wanted = settings
+        hidden, tables = tensors[:num_hidden], tensors[num_hidden:]
+        exact = torch.promote_types(hidden[0].dtype, torch.float32)
+        gradients = [
+            torch.zeros_like(each, dtype=exact) if needed else None
+            for each, needed in zip(tensors, wanted, strict=True)
+        ]
+        losses = hidden[0].new_empty(len(labels), dtype=exact)
+        mask = mask.to(exact)
+        at_once = max(1, LOGITS_AT_ONCE // len(tables[0]))
+        for first in range(0, len(labels), at_once):
+            some = slice(first, first + at_once)
+            rows = [each[some] for each in hidden]
+            parts = [each.logits(rows, tables) for each in readings]
+            logits = (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(exact)
+            del parts
+            logits[:, num_real:] = -torch.inf
+            losses[some], slopes = _softmax(logits, labels[some], mask[some], group)
+            if any(wanted):
+                slopes = slopes.to(hidden[0].dtype)
+                _add_gradients(slopes, some, readings, hidden, tables, gradients)
+        ctx.gradients = [
+            None if gradient is None else gradient.to(each.dtype)
+            for gradient, each in zip(gradients, tensors, strict=True)
+        ]
+        ctx.mark_non_differentiable(losses)
+        return (losses * mask).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        softmax, local, mine = ctx.saved_tensors
-        gradient = softmax * grad.unsqueeze(-1)
-        if gradient.shape[-1]:
-            gradient.scatter_add_(-1, local.unsqueeze(-1), -(grad * mine).unsqueeze(-1))
-        missing = ctx.width - gradient.shape[-1]
-        gradient = torch.nn.functional.pad(gradient, (0, missing)) if missing else gradient
-        return gradient.to(ctx.dtype), None, None, None
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None
+        for each in gradients:
+            if each is not None:
+                each *= scale
+        return None, None, None, *gradients
+
+
+def _softmax(
+    logits: Tensor, labels: Tensor, mask: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Losses [T] of logits [T, v]; mask * (softmax - one-hot) takes the logits' place."""
+    top = logits.amax(-1)
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    logits -= top[:, None]
+    local = labels - dist.get_rank(group) * logits.shape[1]
+    mine = (local >= 0) & (local < logits.shape[1])
+    local = torch.where(mine, local, 0)[:, None]
+    sums = logits.new_zeros(2, len(labels))
+    sums[1] = torch.where(mine, logits.gather(1, local)[:, 0], 0)
+    sums[0] = logits.exp_().sum(-1)
+    dist.all_reduce(sums, group=group)
+    logits *= (mask / sums[0])[:, None]
+    logits.scatter_add_(1, local, -(mine * mask)[:, None])
+    return sums[0].log() - sums[1], logits
+
+
+def _add_gradients(
+    slopes: Tensor,
+    some: slice,
+    readings: Sequence[Reading],
+    hidden: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+) -> None:
+    """Add what the logits of `some` tokens give to hidden states' and tables' gradients."""
+    for each in readings:
+        slope = slopes[:, each.start : each.stop]
+        rows = slice(each.start, each.stop)
+        of_hidden, of_table = gradients[each.hidden], gradients[len(hidden) + each.table]
+        if of_hidden is not None:
+            _add_product(of_hidden[some], slope, tables[each.table][rows])
+        if of_table is not None:
+            _add_product(of_table[rows], slope.T, hidden[each.hidden][some])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype is left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_jam.config.model import ModelConfig, TowerConfig
+from megatron_jam.config.model import MAIN, ModelConfig, TowerConfig
 
-Start = Literal["normal", "scaled", "position", "xavier", "zero", "one", "projection", "half"]
+Start = Literal[
+    "normal", "scaled", "position", "xavier", "zero", "one", "projection", "half", "eye"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,9 @@ class Parameter:
     tower: str | None = None
     """Tower that it writes to, or None for what the towers share."""
 
+    is_new: bool = False
+    """Whether no parent has it: bridges and projections."""
+
     start: Start = "normal"
     """How a fresh model begins (facts: `weights/initial.py`)."""
 
@@ -51,6 +56,7 @@ class Parameter:
 
 TOKENS, POSITIONS = "embedding.tokens.weight", "embedding.positions.weight"
 PROJECTION, OUTPUT = "head.projection.weight", "head.output.weight"
+"""Names where a model has one of each."""
 
 
 def parameter_table(config: ModelConfig) -> list[Parameter]:
@@ -58,28 +64,46 @@ def parameter_table(config: ModelConfig) -> list[Parameter]:
     table = list(_embedding(config))
     for layer in range(config.num_layers):
         for name in config.tower_names:
-            table += _layer(config.towers[name], layer, name)
+            own = config.tower_layer(name, layer)
+            table += [] if own is None else _layer(config.towers[name], layer, own, name)
         for name in config.bridges_into(layer):
             table += _bridge(config, layer, name)
     return table + list(_head(config))
 
 
 def _embedding(config: ModelConfig) -> Iterator[Parameter]:
-    d, rows = config.hidden_size, config.max_positions + config.position_offset
-    for tower in config.tower_names if config.separate else (None,):
-        tokens, positions = (of_tower(name, tower) for name in (TOKENS, POSITIONS))
-        size = (config.vocab_size, d)
+    rows = config.max_positions + config.position_offset
+    for table in config.table_names:
+        tower, d = None if table == MAIN else table, config.table_width(table)
         yield Parameter(
-            name=tokens, shape=size, split=0, tower=tower, module=tokens, is_vocabulary=True
+            name=of_tower(TOKENS, tower),
+            shape=(config.vocab_size, d),
+            split=0,
+            tower=tower,
+            module=f"embedding.tables.{table}.tokens.weight",
+            is_vocabulary=True,
         )
-        if config.towers[tower or config.tower_names[0]].positions == "learned":
+        if config.table_tower(table).positions == "learned":
             yield Parameter(
-                name=positions, shape=(rows, d), start="position", tower=tower, module=positions
+                name=of_tower(POSITIONS, tower),
+                shape=(rows, d),
+                start="position",
+                tower=tower,
+                module=f"embedding.tables.{table}.positions.weight",
             )
+    for tower in config.projected_towers:
+        yield Parameter(
+            name=of_tower("embedding.projection.weight", tower),
+            shape=(config.towers[tower].hidden_size, config.hidden_size),
+            start="eye",
+            tower=tower,
+            is_new=True,
+            module=f"embedding.projections.{tower}.weight",
+        )
 
 
 def of_tower(name: str, tower: str | None) -> str:
-    """Name of a tower's own copy of a shared table: embedding.tokens -> embedding.TOWER.tokens."""
+    """Name of what a tower has of its own: embedding.tokens -> embedding.TOWER.tokens."""
     room, rest = name.split(".", 1)
     return name if tower is None else f"{room}.{tower}.{rest}"
 
@@ -95,8 +119,9 @@ def num_parameters(config: ModelConfig) -> int:
     return total
 
 
-def _layer(tower: TowerConfig, layer: int, name: str) -> Iterator[Parameter]:
-    canonical, module = f"layers.{layer}.{name}", f"layers.{layer}.towers.{name}"
+def _layer(tower: TowerConfig, layer: int, own: int, name: str) -> Iterator[Parameter]:
+    """A tower's layer number `own`, which is part of the model's layer `layer`."""
+    canonical, module = f"layers.{own}.{name}", f"layers.{layer}.towers.{name}"
     place = {"layer": layer, "tower": name}
     yield from _norm(tower, f"{canonical}.attention_norm", f"{module}.input_layernorm", place)
     fused = f"{module}.self_attention.linear_qkv"
@@ -117,24 +142,25 @@ def _bridge(config: ModelConfig, layer: int, name: str) -> Iterator[Parameter]:
     """A bridge that writes to tower `name` and reads the other one."""
     tower = config.towers[name]
     canonical, module = f"bridges.{layer}.{name}", f"layers.{layer}.bridges.{name}"
-    place = {"layer": layer, "tower": name}
+    place = {"layer": layer, "tower": name, "is_new": True}
     output: Start = "zero" if config.bridges.start == "zero" else "scaled"
     attention = f"{module}.cross_attention"
     yield from _norm(
         tower, f"{canonical}.attention_norm", f"{module}.pre_cross_attn_layernorm", place
     )
+    d, other = tower.hidden_size, config.other_tower(name).hidden_size
     if config.bridges.kv_norm:
         norm = f"layers.{layer}.context_norms.{name}"
-        yield from _norm(tower, f"{canonical}.context_norm", norm, place)
-    d = tower.hidden_size
-    for kind, fused, part in (
-        ("q", "linear_q", (0, 1)),
-        ("k", "linear_kv", (0, 2)),
-        ("v", "linear_kv", (1, 2)),
+        yield from _norm(tower, f"{canonical}.context_norm", norm, place, other)
+    for kind, fused, part, inputs in (
+        ("q", "linear_q", (0, 1), d),
+        ("k", "linear_kv", (0, 2), other),
+        ("v", "linear_kv", (1, 2), other),
     ):
         held = {"module": f"{attention}.{fused}", "split": 0, "part": part}
         held["unit"] = tower.head_size
-        yield from _linear(tower, f"{canonical}.attention.{kind}", (d, d), held, place, "xavier")
+        shape = (d, inputs)
+        yield from _linear(tower, f"{canonical}.attention.{kind}", shape, held, place, "xavier")
     proj = f"{attention}.linear_proj"
     yield from _row(tower, f"{canonical}.attention.out", proj, tower.hidden_size, place, output)
     yield from _ffn(tower, canonical, module, place, output)
@@ -198,9 +224,11 @@ def _linear(
         yield Parameter(name=f"{name}.bias", shape=shape[:1], start="zero", **bias, **place)
 
 
-def _norm(tower: TowerConfig, name: str, module: str, place: dict) -> Iterator[Parameter]:
+def _norm(
+    tower: TowerConfig, name: str, module: str, place: dict, width: int = 0
+) -> Iterator[Parameter]:
     if tower.affine_norm:
-        shape = (tower.hidden_size,)
+        shape = (width or tower.hidden_size,)
         kinds: list[tuple[str, Start]] = [("weight", "one")]
         kinds += [("bias", "zero")] if tower.norm == "layer" else []
         for kind, start in kinds:
@@ -210,25 +238,34 @@ def _norm(tower: TowerConfig, name: str, module: str, place: dict) -> Iterator[P
 
 
 def _head(config: ModelConfig) -> Iterator[Parameter]:
-    d, tied = config.hidden_size, config.tied
-    if config.separate:
-        for name, tower in config.towers.items():
-            yield from _norm(tower, f"head.{name}.norm", f"head.norm.{name}", {"tower": name})
-            yield from () if tied else _output(config, f"head.{name}.output", f"head.output.{name}")
-        return
-    if config.is_pair:
-        start: Start = "half" if config.projection_start == "half" else "projection"
-        yield Parameter(name=PROJECTION, shape=(d, 2 * d), start=start, module=PROJECTION)
-    yield from _norm(config.towers[config.tower_names[0]], "head.norm", "head.norm", {})
-    yield from () if tied else _output(config, "head.output", "head.output")
+    projected = config.is_pair and config.head == "project"
+    for reader in config.readers:
+        tower = None if reader == MAIN else reader
+        table = reader if reader in config.table_names else MAIN
+        module, place = f"head.readers.{reader}", {"tower": tower}
+        width = config.table_width(table)
+        start: Start = "eye"
+        inputs = 0 if tower is None else config.towers[tower].hidden_size
+        if projected:
+            start = "half" if config.projection_start == "half" else "projection"
+            inputs = config.joint_size
+        if projected or inputs not in (0, width):
+            name, shape = of_tower(PROJECTION, tower), (width, inputs)
+            held = f"{module}.projection.weight"
+            yield Parameter(name=name, shape=shape, start=start, module=held, is_new=True, **place)
+        normed = config.table_tower(table if projected else reader)
+        yield from _norm(normed, of_tower("head.norm", tower), f"{module}.norm", place)
+    for table in () if config.tied else config.table_names:
+        yield _output(config, table)
 
 
-def _output(config: ModelConfig, name: str, module: str) -> Iterator[Parameter]:
+def _output(config: ModelConfig, table: str) -> Parameter:
     """Output rows that are not the token table's."""
-    yield Parameter(
-        name=f"{name}.weight",
-        shape=(config.vocab_size, config.hidden_size),
+    return Parameter(
+        name=of_tower(OUTPUT, None if table == MAIN else table),
+        shape=(config.vocab_size, config.table_width(table)),
         split=0,
-        module=f"{module}.weight",
+        tower=None if table == MAIN else table,
+        module=f"head.tables.{table}",
         is_vocabulary=True,
     )

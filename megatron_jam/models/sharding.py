@@ -8,14 +8,15 @@ import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from megatron_jam.models.jam import JamModel, padded_vocabulary
-from megatron_jam.models.parameters import TOKENS, Parameter, of_tower, parameter_table
+from megatron_jam.models.embedding import padded_vocabulary
+from megatron_jam.models.jam import JamModel
+from megatron_jam.models.parameters import Parameter, parameter_table
 from megatron_jam.parallel.world import Axis
 
 ReadSlice = Callable[[str, int | None, int, int], Tensor]
 """(canonical name, dimension or None for the whole, start, stop) -> tensor."""
 
-OUTPUT = "head.output."
+COPIES = "head.tables."
 """What the names of JamModel's second copies of token tables begin with, on the last stage."""
 
 
@@ -44,9 +45,8 @@ def holders(model: JamModel) -> list[Holder]:
         by_module[entry.module].append(entry)
     found = []
     for name, parameter in model.named_parameters():
-        is_copy = model.model_config.tied and name.startswith(OUTPUT)
-        tower = name.removeprefix(OUTPUT).removesuffix("weight").rstrip(".") or None
-        key = of_tower(TOKENS, tower) if is_copy else name
+        is_copy = model.model_config.tied and name.startswith(COPIES)
+        key = f"embedding.tables.{name.removeprefix(COPIES)}.tokens.weight" if is_copy else name
         parts = tuple(by_module[key])
         holder = Holder(key=key, parameter=parameter, parts=parts, is_copy=is_copy)
         parallel = holder.split is not None
@@ -57,6 +57,14 @@ def holders(model: JamModel) -> list[Holder]:
     for weight in model.tied_weights():
         weight.shared = model.post_process  # counted once in the gradient's norm
     return found
+
+
+def freeze(model: JamModel, towers: Sequence[str]) -> None:
+    """Leave a parent's weights in `towers` as they are."""
+    for holder in holders(model):
+        part = holder.parts[0]
+        if part.tower in towers and not part.is_new:
+            holder.parameter.requires_grad_(False)
 
 
 def span(part: Parameter, tensor: Axis) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ two tensor methods named below, and on a machine with a GPU none of this runs bu
 """
 
 import importlib
+import logging
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -127,6 +128,8 @@ def _patch_random_state() -> None:
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    # It warns if dropout on a GPU has drawn from the CPU's generator, which here it must.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
 
 def _patch_tensor_methods() -> None:

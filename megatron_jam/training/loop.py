@@ -19,7 +19,9 @@ from megatron_jam.data.loader import (
     image_tokenizer_of,
 )
 from megatron_jam.models.jam import JamModel
+from megatron_jam.models.sharding import freeze
 from megatron_jam.parallel.device import DTYPES, peak_memory_bytes
+from megatron_jam.parallel.seeds import seed_step
 from megatron_jam.parallel.world import World
 from megatron_jam.training.checkpoint import Checkpoints
 from megatron_jam.training.metrics import Reporter
@@ -66,11 +68,14 @@ class Training:
                 world,
                 dtype=DTYPES[config.precision],
                 recompute=config.recompute,
+                dropout=config.dropout,
                 chunk=chunk,
             )
             for chunk in range(config.parallel.interleave)
         ]
         load_weights(self.chunks, folder, world)
+        for chunk in self.chunks:
+            freeze(chunk, config.freeze)
         wrapped = wrap_chunks(self.chunks, world)
         self._optimizer = build_optimizer(wrapped, config.optimizer)
         self._step = ForwardBackward(wrapped, world, folder.vocabulary)
@@ -117,6 +122,8 @@ class Training:
     def _train(self, step: int) -> None:
         config = self.config
         rate = config.optimizer.rate(step, config.steps)
+        if config.dropout:
+            seed_step(self.world, seed=config.seed, step=step)
         losses, norm = train_step(self._step, self._optimizer, self._batches(step), rate)
         self._reporter.step_done()
         done = step + 1
@@ -174,6 +181,8 @@ class Training:
                 f"context_length {config.context_length} is longer than the model's max_positions"
                 f" {model.max_positions}"
             )
+        if config.freeze and not model.is_pair:
+            raise UsageError(f"freeze is {config.freeze}, but the model has one tower alone")
         count = config.num_micro_batches(self.world.size)
         pipeline = config.parallel.pipeline
         if config.parallel.interleave > 1 and count % pipeline:
@@ -200,4 +209,6 @@ def identity(config: RunConfig, folder: WeightsFolder) -> dict[str, Any]:
         "data": dataclasses.asdict(config.data),
         "vocabulary": folder.vocabulary.sha256,
         "weights": folder.sha256,
+        "dropout": config.dropout,
+        "freeze": sorted(config.freeze),
     }

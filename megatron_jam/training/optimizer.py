@@ -78,5 +78,7 @@ def _finalize(
     """
     for chunk in wrapped:
         for weight in chunk.module.tied_weights():
+            if not weight.requires_grad:
+                continue  # frozen, on both stages
             dist.all_reduce(weight.main_grad, group=world.groups.embd)
     finalize_model_grads(wrapped, num_tokens, pg_collection=world.groups)

@@ -69,8 +69,9 @@ class ForwardBackward:
             The losses of the global batch, the same on every rank.
         """
         chunks = self._chunks
-        if not forward_only:
-            for chunk in chunks:
+        for chunk in chunks:
+            chunk.train(not forward_only)
+            if not forward_only:
                 chunk.zero_grad_buffer()
         size, length = micro_batches[0]["tokens"].shape
         iterators = [iter(micro_batches) for _ in chunks]
@@ -88,18 +89,21 @@ class ForwardBackward:
     def _forward(self, batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, object]:
         batch = {name: value.to(self._world.device) for name, value in next(batches).items()}
         documents = batch.get("documents")
-        output = chunk(batch["tokens"], batch["positions"], batch["labels"], documents)
+        names = ("tokens", "positions", "labels", "loss_mask")
+        output = chunk(*(batch[name] for name in names), documents)
         return output, partial(self._loss, batch)
 
-    def _loss(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, batch: Batch, output: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of the counted losses, their number, and both by modality."""
+        total, losses = output
         mask = batch["loss_mask"]
-        counted = losses * mask
         kinds = self._modality[batch["labels"]].reshape(-1)
         report = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=losses.device)
-        report[0].index_add_(0, kinds, counted.detach().double().reshape(-1))
+        report[0].index_add_(0, kinds, (losses * mask).double().reshape(-1))
         report[1].index_add_(0, kinds, mask.double().reshape(-1))
-        return counted.sum(), mask.sum().to(torch.int), {"report": report}
+        return total, mask.sum().to(torch.int), {"report": report}
 
     def _collect(self, reported: list[dict[str, Tensor]]) -> Losses:
         world = self._world

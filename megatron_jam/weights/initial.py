@@ -16,6 +16,7 @@ def initial_tensor(parameter: Parameter, config: ModelConfig, *, seed: int, pad:
     Linear weights and tokens: N(0, init_std) cut at 3 sigma; residual outputs 0; positions
     init_std / 30 (CM3leon). Bridges: q, k, v Xavier-uniform with gain 1/sqrt(2), outputs
     init_std / sqrt(2 L) or 0; projection N(0, 1/sqrt(d)) or [I/2, I/2] (the authors' code).
+    Between a shared table and a narrower tower: the tower's width of I.
     Row `pad` of the token table and of an untied head, and of the unused first rows of the
     positions, is zero.
     """
@@ -35,8 +36,10 @@ def initial_tensor(parameter: Parameter, config: ModelConfig, *, seed: int, pad:
         case "projection":
             value = torch.randn(shape, generator=generator) / math.sqrt(shape[0])
         case "half":
-            eye = torch.eye(shape[0]) / 2
-            value = torch.cat([eye, eye], dim=1)
+            widths = [config.towers[name].hidden_size for name in config.tower_names]
+            value = torch.cat([torch.eye(shape[0], width) / 2 for width in widths], dim=1)
+        case "eye":
+            value = torch.eye(*shape)
         case "zero":
             value = torch.zeros(shape)
         case "one":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_jam.config.model import IMAGE, TEXT, ModelConfig, TowerConfig
+from megatron_jam.config.model import IMAGE, MAIN, TEXT, ModelConfig, TowerConfig
 
 GetTensor = Callable[[str], Tensor]
 
@@ -21,42 +21,52 @@ def reference_logits(config: ModelConfig, get: GetTensor, tokens: Tensor) -> Ten
     states = {name: _embed(config, get, name, tokens) for name in config.tower_names}
     for layer in range(config.num_layers):
         for name, tower in config.towers.items():
-            states[name] = _layer(tower, get, f"layers.{layer}.{name}", states[name])
+            own = config.tower_layer(name, layer)
+            if own is not None:
+                states[name] = _layer(tower, get, f"layers.{own}.{name}", states[name])
         before = dict(states)  # both directions read the states from before either update
         for name in config.bridges_into(layer):
             other = before[TEXT if name == IMAGE else IMAGE]
             states[name] = _bridge(config, get, f"bridges.{layer}.{name}", before[name], other)
-    if config.separate:
-        return _separate_logits(config, get, states)
-    if config.is_pair:
-        joined = torch.cat([states[IMAGE], states[TEXT]], dim=-1)
-        hidden = joined @ get("head.projection.weight").T
-    else:
-        (hidden,) = states.values()
-    tower = config.towers[config.tower_names[0]]
-    rows = "embedding.tokens.weight" if config.tied else "head.output.weight"
-    return _norm(tower, get, "head.norm", hidden) @ get(rows).T
+    if config.readers == (MAIN,):
+        return _read(config, get, None, states)
+    # Rows of text ids read the text tower, all others the image tower.
+    logits = _read(config, get, IMAGE, states)
+    rows = slice(config.text_ids[0], sum(config.text_ids))
+    logits[..., rows] = _read(config, get, TEXT, states)[..., rows]
+    return logits
 
 
 def _embed(config: ModelConfig, get: GetTensor, name: str, tokens: Tensor) -> Tensor:
-    room = f"embedding.{name}" if config.separate else "embedding"
-    words = get(f"{room}.tokens.weight")[tokens]
-    if config.towers[name].positions == "rope":
-        return words
-    places = torch.arange(tokens.shape[1]) + config.position_offset
-    return words + get(f"{room}.positions.weight")[places]
+    room = f"embedding.{name}" if config.is_pair and config.tables == "per_tower" else "embedding"
+    state = get(f"{room}.tokens.weight")[tokens]
+    if config.towers[name].positions == "learned":
+        places = torch.arange(tokens.shape[1]) + config.position_offset
+        state = state + get(f"{room}.positions.weight")[places]
+    if config.towers[name].hidden_size != state.shape[-1]:
+        state = state @ get(f"embedding.{name}.projection.weight").T
+    return state
 
 
-def _separate_logits(config: ModelConfig, get: GetTensor, states: dict[str, Tensor]) -> Tensor:
-    first, count = config.text_ids
-    rows = "embedding.{}.tokens.weight" if config.tied else "head.{}.output.weight"
-    logits = {
-        name: _norm(tower, get, f"head.{name}.norm", states[name]) @ get(rows.format(name)).T
-        for name, tower in config.towers.items()
-    }
-    result = logits[IMAGE].clone()
-    result[..., first : first + count] = logits[TEXT][..., first : first + count]
-    return result
+def _read(
+    config: ModelConfig, get: GetTensor, reader: str | None, states: dict[str, Tensor]
+) -> Tensor:
+    """All rows' logits, as the only hidden state gives them (None) or that of a tower."""
+    room = "head" if reader is None else f"head.{reader}"
+    table = reader if config.tables == "per_tower" else None
+    tied = "embedding.tokens.weight" if table is None else f"embedding.{table}.tokens.weight"
+    untied = "head.output.weight" if table is None else f"head.{table}.output.weight"
+    rows = get(tied if config.tied else untied)
+    if config.is_pair and config.head == "project":
+        joined = torch.cat([states[IMAGE], states[TEXT]], dim=-1)
+        hidden = joined @ get(f"{room}.projection.weight").T
+        tower = config.towers[table] if table else config.table_tower(MAIN)
+        return _norm(tower, get, f"{room}.norm", hidden) @ rows.T
+    name = reader or MAIN
+    hidden = _norm(config.towers[name], get, f"{room}.norm", states[name])
+    if hidden.shape[-1] != rows.shape[-1]:
+        hidden = hidden @ get(f"{room}.projection.weight").T
+    return hidden @ rows.T
 
 
 def _layer(tower: TowerConfig, get: GetTensor, name: str, x: Tensor) -> Tensor:

@@ -13,6 +13,10 @@ from megatron_jam.config.model import BridgeConfig, ModelConfig, TowerConfig
 TOWER: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "num_heads": 2}
 MODEL: dict[str, Any] = {"towers": {"main": TOWER}, "vocab_size": 10, "max_positions": 16}
 PAIR: dict[str, Any] = {**MODEL, "towers": {"image": TOWER, "text": {**TOWER, "num_heads": 4}}}
+UNEQUAL: dict[str, Any] = {
+    **MODEL,
+    "towers": {"image": TOWER, "text": {"num_layers": 4, "hidden_size": 12, "num_heads": 3}},
+}
 
 
 def test_defaults_are_cm3leons() -> None:
@@ -34,6 +38,21 @@ def test_pair() -> None:
     assert ModelConfig.from_dict(MODEL).bridges_into(0) == ()
     listed = ModelConfig.from_dict({**PAIR, "bridges": {"layers": [1], "into": "text"}})
     assert [listed.bridges_into(i) for i in range(2)] == [(), ("text",)]
+
+
+def test_unequal_towers() -> None:
+    config = ModelConfig.from_dict(UNEQUAL)
+    assert (config.hidden_size, config.joint_size, config.num_layers) == (12, 20, 4)
+    assert config.projected_towers == ("image",)
+    assert config.readers == config.table_names == ("main",)
+    assert [config.tower_layer("text", i) for i in range(4)] == [0, 1, 2, 3]
+    assert [config.tower_layer("image", i) for i in range(4)] == [0, None, 1, None]
+    mapped = ModelConfig.from_dict({**UNEQUAL, "alignment": [1, 3]})
+    assert [mapped.tower_layer("image", i) for i in range(4)] == [None, 0, None, 1]
+    own = ModelConfig.from_dict({**UNEQUAL, "tables": "per_tower", "text_ids": [0, 5]})
+    assert own.readers == own.table_names == ("image", "text")
+    assert own.projected_towers == ()
+    assert [own.table_width(name) for name in own.table_names] == [8, 12]
 
 
 @pytest.mark.parametrize("values", [MODEL, PAIR])
@@ -71,10 +90,6 @@ def tower(**changes: Any) -> dict[str, Any]:
         ({"projection_start": "mean"}, "projection_start is 'mean'; choose one of random, half"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"max_positions": None}, "max_positions is None"),
-        (
-            {"towers": {"image": TOWER, "text": {**TOWER, "num_layers": 3}}},
-            "towers image and text differ in num_layers",
-        ),
         (tower(num_kv_heads=3), "num_kv_heads 3 does not divide num_heads 2"),
         (tower(num_kv_heads=-1), "num_kv_heads -1 does not divide num_heads 2"),
         (tower(hidden_size=6, positions="rope"), r"head size 3 .* is odd"),
@@ -87,8 +102,17 @@ def tower(**changes: Any) -> dict[str, Any]:
         ({**PAIR, "bridges": {"layers": [0, 2]}}, r"\[0, 2\], but the towers have layers 0 to 1"),
         (
             {"towers": {"image": TOWER, "text": {**TOWER, "positions": "rope"}}},
-            "towers image and text differ in positions; set separate: true",
+            "towers image and text differ in positions; set tables: per_tower",
         ),
+        ({"head": "wide", "text_ids": [4, 5]}, "tables, head and alignment are for towers image"),
+        ({"alignment": [0]}, "tables, head and alignment are for towers image and text"),
+        ({**PAIR, "head": "wide"}, r"text_ids: .* within vocab_size 10, not \[0, 0\]"),
+        ({**PAIR, "head": "wide", "text_ids": [4, 7]}, r"vocab_size 10, not \[4, 7\]"),
+        ({**PAIR, "tables": "per_tower", "text_ids": ["4", 5]}, r"10, not \['4', 5\]"),
+        ({**PAIR, "alignment": [0, 1]}, "alignment is for towers of unlike depth"),
+        ({**UNEQUAL, "alignment": [0, 4]}, "give 2 layers of 0 to 3"),
+        ({**UNEQUAL, "alignment": [0, 1, 2]}, "give 2 layers of 0 to 3"),
+        ({**UNEQUAL, "alignment": [2, 1]}, "list of layers from 0 on, rising"),
     ],
 )
 def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.fusion.fuse import fuse
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.reference import reference_logits
-from tests.helpers.pico import LLAMA, pico_config, pico_folder, pico_vocabulary
+from tests.helpers.pico import LLAMA, SEPARATE, pico_config, pico_folder, pico_vocabulary
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import whole_logits
 
@@ -28,17 +28,19 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> tuple[WeightsFolder, We
     return WeightsFolder(text), WeightsFolder(image)
 
 
-@pytest.mark.parametrize("method", ["uniform", "width", "cross"])
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize(
+    ("method", "extra"),
+    [("uniform", {}), ("width", {}), ("cross", {}), ("cross", SEPARATE)],
+)
 def test_child_is_whole_and_runs(
     method: str,
-    separate: bool,
+    extra: dict[str, str],
     parents: tuple[WeightsFolder, WeightsFolder],
     tmp_path: Path,
     pool: WorkerPool,
 ) -> None:
     text, image = parents
-    settings = {"method": method, "text": text.path, "image": image.path, "separate": separate}
+    settings = {"method": method, "text": text.path, "image": image.path, **extra}
     fuse(FusionRecipe(**settings, output=tmp_path / "child"))
     child = WeightsFolder(tmp_path / "child")
     t, i = text.read(HEAD), image.read(HEAD)
@@ -49,7 +51,7 @@ def test_child_is_whole_and_runs(
         assert child.config.towers["main"].kv_heads == 2 * TOWER.towers["main"].kv_heads
         assert torch.equal(child.read(NORM), torch.cat([text.read(NORM), image.read(NORM)]))
         assert torch.equal(child.read(HEAD), torch.cat([t, i], dim=1))
-    elif separate:
+    elif extra:
         assert torch.equal(child.read("head.text.output.weight"), t)
         assert torch.equal(child.read("head.image.output.weight"), i)
     else:

@@ -13,7 +13,7 @@ from megatron_jam.models.parameters import PROJECTION, parameter_table
 from megatron_jam.weights import reference
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.initial import initial_tensor
-from tests.helpers.pico import pico_config, pico_folder, pico_vocabulary
+from tests.helpers.pico import SEPARATE, pico_config, pico_folder, pico_vocabulary
 
 CONFIG = pico_config("tower", bias=True, affine_norm=True)
 
@@ -139,11 +139,52 @@ def test_provenance(parents: tuple[Path, Path], tmp_path: Path) -> None:
     assert set(child.provenance["sha256"]) == set(child.names)
 
 
+UNEQUAL = pico_config(
+    "tower", num_layers=3, hidden_size=24, num_heads=2, bias=True, affine_norm=True
+)
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An LLM of width 32 with 4 layers and an image model of width 24 with 3."""
+    root = tmp_path_factory.mktemp("unequal")
+    return (
+        pico_folder(root / "llm", CONFIG, seed=1),
+        pico_folder(root / "image", UNEQUAL, seed=2),
+    )
+
+
+def test_unequal_parents_share_a_table_of_the_wider(
+    unequal: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """With zero bridges the image tower reads the first 24 columns, as its parent did."""
+    child = make(unequal, tmp_path / "child", bridges="zero", head="wide")
+    text, image = (WeightsFolder(p) for p in unequal)
+    name = "embedding.tokens.weight"
+    rows = child.read(name)
+    assert torch.equal(rows[:300], text.read(name)[:300])
+    assert torch.equal(rows[300:, :24], image.read(name)[300:])
+    assert torch.count_nonzero(rows[300:, 24:]) == 0
+    places = "embedding.positions.weight"
+    assert torch.equal(child.read(places), text.read(places))
+    for where in ("embedding", "head"):
+        shape = (24, 32) if where == "embedding" else (32, 24)
+        assert torch.equal(
+            child.read(f"{where}.image.projection.weight").float(), torch.eye(*shape)
+        )
+    tokens = torch.randint(4, 300, (1, 9), generator=torch.manual_seed(0))
+    logits = reference.reference_logits(child.config, child.read, tokens)
+    due = reference.reference_logits(text.config, text.read, tokens)
+    assert torch.equal(logits[..., :300], due[..., :300])
+
+
+@pytest.mark.parametrize("kind", ["equal", "unequal"])
 def test_separate_towers_with_zero_bridges_are_both_parents(
-    parents: tuple[Path, Path], tmp_path: Path
+    kind: str, parents: tuple[Path, Path], unequal: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Text ids have exactly the LLM's logits, all others exactly the image model's."""
-    child = make(parents, tmp_path / "child", separate=True, bridges="zero")
+    parents = parents if kind == "equal" else unequal
+    child = make(parents, tmp_path / "child", **SEPARATE, bridges="zero")
     text, image = (WeightsFolder(p) for p in parents)
     tokens = torch.randint(4, child.config.vocab_size, (2, 24), generator=torch.manual_seed(0))
     logits = {
@@ -155,6 +196,6 @@ def test_separate_towers_with_zero_bridges_are_both_parents(
     is_text[rows] = True
     assert torch.equal(logits["child"][..., is_text], logits["text"][..., is_text])
     assert torch.equal(logits["child"][..., ~is_text], logits["image"][..., ~is_text])
-    moved = make(parents, tmp_path / "moved", separate=True, bridges="random")
+    moved = make(parents, tmp_path / "moved", **SEPARATE, bridges="random")
     other = reference.reference_logits(moved.config, moved.read, tokens)
     assert float((other - logits["child"]).abs().max()) > 1e-3

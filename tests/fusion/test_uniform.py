@@ -88,15 +88,17 @@ def test_provenance_says_where_every_tensor_is_from(
         assert (tmp_path / "child" / name).read_bytes() == (parents[0] / name).read_bytes()
 
 
-@pytest.mark.parametrize("method", ["uniform", "width", "cross"])
+TOWERS = [{"num_layers": 3}, {"ffn_size": 64}, {"bias": False}]
+WHOLE = [{"max_positions": 32}, {"tied": False}]
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_layers": 3}, "differ in towers"),
-        ({"ffn_size": 64}, "differ in towers"),
-        ({"bias": False}, "differ in towers"),
-        ({"max_positions": 32}, "differ in max_positions"),
-        ({"tied": False}, "differ in tied"),
+    ("method", "changes", "message"),
+    [(method, each, "differ in towers") for method in ("uniform", "width") for each in TOWERS]
+    + [
+        (method, each, f"differ in {next(iter(each))}")
+        for method in ("uniform", "width", "cross")
+        for each in WHOLE
     ],
 )
 def test_unequal_parents_are_refused(

@@ -22,6 +22,9 @@ LLAMA: dict[str, object] = {
 }
 """Settings of a Llama-style tower."""
 
+SEPARATE = {"tables": "per_tower", "head": "wide"}
+"""Settings of a JAM-Cross that with zero bridges is both parents."""
+
 TEXTS = ["the quick brown fox jumps over the lazy dog", "a strawberry is a sweet red fruit"]
 
 
@@ -36,7 +39,8 @@ def pico_tokenizer() -> TextTokenizer:
 
 
 def pico_config(kind: str = "cross", *, num_layers: int = 4, **tower: object) -> ModelConfig:
-    """A tower ("tower") or a JAM-Cross ("cross", "separate") of width 32."""
+    """A tower ("tower") or a JAM-Cross of width 32, with tables and head as the authors' ("cross")
+    or of each tower's own ("separate")."""
     settings = {"num_layers": num_layers, "hidden_size": 32, "num_heads": 4, **tower}
     names = ("main",) if kind == "tower" else ("image", "text")
     return ModelConfig(
@@ -44,8 +48,8 @@ def pico_config(kind: str = "cross", *, num_layers: int = 4, **tower: object) ->
         vocab_size=pico_vocabulary().size,
         max_positions=64,
         bridges=BridgeConfig(every=2),
-        separate=kind == "separate",
-        text_ids=list(pico_vocabulary().text) if kind == "separate" else [0, 0],
+        text_ids=list(pico_vocabulary().text),
+        **SEPARATE if kind == "separate" else {},  # type: ignore[arg-type]
     )
 
 

@@ -24,7 +24,7 @@ from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.parallel.device import select_device
 from megatron_jam.parallel.world import World, build_world, stop_world
 
-NUM_WORKERS = 4
+MAX_WORKERS = 8
 TIMEOUT_SECONDS = 240
 
 
@@ -32,25 +32,30 @@ class WorkerPool:
     """Runs `function(world, *args)` on the first n workers and returns the n results by rank."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("spawn")
         self._runs = itertools.count()
         self._store = os.path.join(tempfile.mkdtemp(prefix="megatron_jam_pool_"), "store")
         self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(NUM_WORKERS):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, self._store, rank))
+        self._processes: list[Any] = []
+        # Not daemons, as a checkpoint's save starts a process of its own; so end them for certain.
+        atexit.register(self.close)
+
+    def _grow(self, ranks: int) -> None:
+        """Start workers up to `ranks`: each takes seconds and memory, and few tests need all."""
+        assert ranks <= MAX_WORKERS, f"{ranks} ranks; the pool has {MAX_WORKERS} at most"
+        for rank in range(len(self._processes), ranks):
+            mine, theirs = self._context.Pipe()
+            process = self._context.Process(target=_work, args=(theirs, self._store, rank))
             process.start()
             self._pipes.append(mine)
             self._processes.append(process)
-        # Not daemons, as a checkpoint's save starts a process of its own; so end them for certain.
-        atexit.register(self.close)
 
     def run(
         self, function: Callable[..., Any], parallel: ParallelConfig, *args: Any, data: int = 1
     ) -> list[Any]:
         """Call `function(world, *args)` on tensor x pipeline x `data` ranks."""
         ranks = parallel.tensor * parallel.pipeline * data
+        self._grow(ranks)
         prefix = f"run{next(self._runs)}"
         for pipe in self._pipes[:ranks]:
             pipe.send((function, parallel, args, ranks, prefix))
@@ -89,6 +94,7 @@ def _work(pipe: Connection, store_path: str, rank: int) -> None:
             pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
         finally:
             stop_world()
+    os._exit(0)  # taking an interpreter with torch and Megatron down takes seconds
 
 
 def _join(store_path: str, prefix: str, rank: int, ranks: int) -> None:

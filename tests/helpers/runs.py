@@ -48,13 +48,18 @@ def split_batch(batch: dict[str, Tensor], world: World, micro: int) -> list[dict
 
 
 def loss_and_gradients(
-    world: World, path: Path, batch: dict[str, Tensor], dtype: torch.dtype, recompute: str = "none"
+    world: World,
+    path: Path,
+    batch: dict[str, Tensor],
+    dtype: torch.dtype,
+    recompute: str = "none",
+    micro: int = 1,
 ) -> tuple[float, dict[str, Tensor]] | None:
     """Mean loss and every whole gradient, on rank 0."""
     folder = WeightsFolder(path)
     chunks = build(folder, world, dtype, recompute=recompute)
     wrapped = wrap_chunks(chunks, world, distributed_optimizer=False)
-    losses = ForwardBackward(wrapped, world, folder.vocabulary)(split_batch(batch, world, 1))
+    losses = ForwardBackward(wrapped, world, folder.vocabulary)(split_batch(batch, world, micro))
     local: dict[str, Tensor] = {}
     for chunk in chunks:
         local.update(logical_gradients(chunk, lambda p: p.main_grad))

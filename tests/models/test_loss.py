@@ -1,4 +1,6 @@
-"""Cross-entropy over a split vocabulary is torch's over the whole one."""
+"""Output rows with cross-entropy, split and in pieces, are torch's over all logits at once."""
+
+import itertools
 
 import pytest
 import torch
@@ -6,77 +8,132 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.models.jam import padded_vocabulary
-from megatron_jam.models.loss import vocab_parallel_cross_entropy
+from megatron_jam.models import loss as module
+from megatron_jam.models.embedding import num_real_rows, padded_vocabulary
+from megatron_jam.models.loss import Reading, linear_cross_entropy
 from megatron_jam.parallel.world import World
 from tests.helpers.pool import WorkerPool
 
-LENGTH, BATCH = 7, 3
+TOKENS, WIDTHS = 21, (6, 10)
+# Rows that read the second state from the second table; the others read the first from the first.
+TEXT = (2, 60)
 
 
-def material(vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Wide-ranging logits [S, B, V], labels with the first and last id, a weight a position."""
+def material(
+    vocabulary: int, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """States [T, d], tables [V, d], labels with the first and last id, a weight a token."""
     g = torch.Generator().manual_seed(0)
-    logits = torch.randn(LENGTH, BATCH, vocabulary, generator=g, dtype=torch.float64) * 8
-    labels = torch.randint(vocabulary, (LENGTH, BATCH), generator=g)
-    labels[0, 0], labels[0, 1] = 0, vocabulary - 1
-    weight = torch.rand(LENGTH, BATCH, generator=g, dtype=torch.float64)
-    return logits.to(dtype), labels, weight
+    states = [torch.randn(TOKENS, d, generator=g, dtype=torch.float64) * 3 for d in WIDTHS]
+    tables = [torch.randn(vocabulary, d, generator=g, dtype=torch.float64) for d in WIDTHS]
+    labels = torch.randint(vocabulary, (TOKENS,), generator=g)
+    labels[0], labels[1] = 0, vocabulary - 1
+    mask = torch.rand(TOKENS, generator=g)
+    return [s.to(dtype) for s in states], [t.to(dtype) for t in tables], labels, mask
 
 
-def direct(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """torch's loss and the gradient of its weighted sum, in the dtype of `logits`."""
-    logits = logits.clone().requires_grad_()
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    loss = loss.view_as(labels)
-    (loss * weight.to(loss.dtype)).sum().backward()
-    assert logits.grad is not None
-    return loss.detach(), logits.grad
+def direct(
+    states: list[Tensor], tables: list[Tensor], labels: Tensor, mask: Tensor, exact: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """Each token's loss, and the gradients of twice the weighted sum, computed in `exact`."""
+    tensors = [each.to(exact).requires_grad_() for each in (*states, *tables)]
+    one, other = (tensors[i] @ tensors[i + 2].T for i in range(2))
+    ids = torch.arange(one.shape[1])
+    logits = torch.where((ids >= TEXT[0]) & (ids < TEXT[1]), other, one)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses.detach(), list(torch.autograd.grad(2 * (losses * mask).sum(), tensors))
 
 
-def split(world: World, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """This rank's loss and its share of the gradient; padding holds large logits."""
-    logits, labels, weight = material(vocabulary, dtype)
+def split(
+    world: World, vocabulary: int, dtype: torch.dtype, at_once: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Sum, each token's loss, and this rank's gradients; padding holds large rows."""
+    module.LOGITS_AT_ONCE = at_once
+    states, tables, labels, mask = material(vocabulary, dtype)
     rows = padded_vocabulary(vocabulary, world.tensor.size)
     local = rows // world.tensor.size
     first = world.tensor.rank * local
-    padded = F.pad(logits, (0, rows - vocabulary), value=1e4)
-    share = padded[..., first : first + local].contiguous().requires_grad_()
-    num_real = max(0, min(local, vocabulary - first))
-    loss = vocab_parallel_cross_entropy(share, labels, num_real=num_real, group=world.groups.tp)
-    (loss * weight.to(loss.dtype)).sum().backward()
-    assert share.grad is not None
-    return loss.detach(), share.grad
+    shares = [
+        F.pad(table, (0, 0, 0, rows - vocabulary), value=1e4)[first : first + local]
+        for table in tables
+    ]
+    cuts = [min(max(place - first, 0), local) for place in (0, *TEXT, rows)]
+    readings = [
+        Reading(start=a, stop=b, hidden=i % 2, table=i % 2)
+        for i, (a, b) in enumerate(itertools.pairwise(cuts))
+        if a < b
+    ]
+    tensors = [each.clone().requires_grad_() for each in (*states, *shares)]
+    total, losses = linear_cross_entropy(
+        tensors[:2],
+        tensors[2:],
+        readings,
+        labels,
+        mask,
+        num_real=num_real_rows(vocabulary, world),
+        group=world.groups.tp,
+    )
+    assert not losses.requires_grad
+    gradients = torch.autograd.grad(2 * total, tensors)
+    with torch.no_grad():
+        alone = linear_cross_entropy(
+            tensors[:2],
+            tensors[2:],
+            readings,
+            labels,
+            mask,
+            num_real=num_real_rows(vocabulary, world),
+            group=world.groups.tp,
+        )
+    assert torch.equal(alone[1], losses)
+    return total.detach(), losses, list(gradients)
 
 
-# 5 ids at TP=4 leave the last rank nothing but padding.
-@pytest.mark.parametrize("vocabulary", [101, 5])
+def joined(results: list[tuple[Tensor, Tensor, list[Tensor]]], vocabulary: int) -> list[Tensor]:
+    """Gradients of the states, summed over the ranks, and of the whole tables."""
+    gradients = [each[2] for each in results]
+    tables = [torch.cat([each[i] for each in gradients]) for i in (2, 3)]
+    assert all(torch.count_nonzero(table[vocabulary:]) == 0 for table in tables)
+    states = [torch.stack([each[i] for each in gradients]).sum(0) for i in (0, 1)]
+    return states + [table[:vocabulary] for table in tables]
+
+
+# 5 ids at TP=4 leave the last rank nothing but padding; 300 logits are a few tokens at a time.
+@pytest.mark.parametrize(("vocabulary", "at_once"), [(101, 300), (101, 1 << 24), (5, 7)])
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
+    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
 )
 def test_equals_torch(
-    pool: WorkerPool, vocabulary: int, tensor: int, dtype: torch.dtype, tolerance: float
+    pool: WorkerPool,
+    vocabulary: int,
+    at_once: int,
+    tensor: int,
+    dtype: torch.dtype,
+    tolerance: float,
 ) -> None:
-    loss, gradient = direct(*material(vocabulary, dtype))
-    results = pool.run(split, ParallelConfig(tensor=tensor), vocabulary, dtype)
-    for value, _ in results:
-        assert value.dtype is dtype
-        assert torch.allclose(value, loss, rtol=tolerance, atol=tolerance)
-    whole = torch.cat([share for _, share in results], dim=-1)
-    assert torch.count_nonzero(whole[..., vocabulary:]) == 0
-    assert torch.allclose(whole[..., :vocabulary], gradient, rtol=tolerance, atol=tolerance)
+    states, tables, labels, mask = material(vocabulary, dtype)
+    losses, gradients = direct(states, tables, labels, mask, torch.float64)
+    results = pool.run(split, ParallelConfig(tensor=tensor), vocabulary, dtype, at_once)
+    for total, values, _ in results:
+        assert values.dtype is dtype
+        torch.testing.assert_close(values.double(), losses, rtol=tolerance, atol=tolerance)
+        due = (losses * mask).sum()
+        torch.testing.assert_close(total.double(), due, rtol=tolerance, atol=tolerance)
+    for mine, due in zip(joined(results, vocabulary), gradients, strict=True):
+        torch.testing.assert_close(mine.double(), due, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_bf16_logits_are_summed_in_fp32(pool: WorkerPool, tensor: int) -> None:
-    logits, labels, weight = material(101, torch.bfloat16)
-    loss, gradient = direct(logits.float(), labels, weight)
-    results = pool.run(split, ParallelConfig(tensor=tensor), 101, torch.bfloat16)
-    for value, share in results:
-        assert value.dtype is torch.float32
-        assert share.dtype is torch.bfloat16
-        assert torch.allclose(value, loss, rtol=1e-5, atol=1e-5)
-    whole = torch.cat([share for _, share in results], dim=-1)[..., :101]
-    # One rounding to bf16 at the end, 8 bits.
-    assert torch.allclose(whole.float(), gradient, rtol=2**-8, atol=1e-6)
+def test_bf16_is_summed_in_fp32(pool: WorkerPool, tensor: int) -> None:
+    states, tables, labels, mask = material(101, torch.bfloat16)
+    losses, gradients = direct(states, tables, labels, mask, torch.float64)
+    results = pool.run(split, ParallelConfig(tensor=tensor), 101, torch.bfloat16, 300)
+    for _, values, _ in results:
+        assert values.dtype is torch.float32
+        # A logit of size 32 is rounded to 1/8, half of which is off at most, on either side.
+        torch.testing.assert_close(values.double(), losses, rtol=0, atol=0.25)
+        assert float((values.double() - losses).abs().mean()) < 0.05
+    for mine, due in zip(joined(results, 101), gradients, strict=True):
+        assert mine.dtype is torch.bfloat16
+        assert float((mine.double() - due).norm() / due.norm()) < 0.03

@@ -9,7 +9,7 @@ from megatron_jam.config.model import BridgeConfig, ModelConfig, TowerConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.models.jam import JamModel
 from megatron_jam.models.parameters import Parameter, num_parameters, parameter_table
-from megatron_jam.models.sharding import OUTPUT, pack, unpack
+from megatron_jam.models.sharding import COPIES, pack, unpack
 from megatron_jam.parallel.world import World
 from tests.helpers.pico import pico_config
 from tests.helpers.pool import WorkerPool
@@ -93,7 +93,7 @@ def test_ranks_hold_every_weight_once(
     ranks = pool.run(parameter_shapes, parallel, config)
     assert len(ranks) == num_ranks
     split = {entry.module: entry.split for entry in parameter_table(config)}
-    output = f"{OUTPUT}weight"
+    output = f"{COPIES}weight"
     copies = [held.pop(output) for held in ranks if output in held]
     assert copies == [(161, 32)] * 2
     total = sum(

@@ -2,18 +2,24 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import BridgeConfig, ModelConfig
 from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.fusion.fuse import fuse
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.reference import reference_logits
 from tests.helpers.pico import LLAMA, pico_config, pico_folder
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import distance, loss_and_gradients, random_batch, train_steps
+
+COMBINED = "tp2-pp2-sp-recompute"
+"""A layout for every model: what splits or repeats a model, at once."""
 
 LAYOUTS = {
     "tp2": (ParallelConfig(tensor=2), 1, "none"),
@@ -26,12 +32,21 @@ LAYOUTS = {
     "recompute": (ParallelConfig(), 1, "full"),
     "selective": (ParallelConfig(tensor=2), 1, "selective"),
     "tp2-pp2-sp": (ParallelConfig(tensor=2, pipeline=2, sequence=True), 1, "none"),
-    "tp2-pp2-sp-recompute": (ParallelConfig(tensor=2, pipeline=2, sequence=True), 1, "full"),
+    COMBINED: (ParallelConfig(tensor=2, pipeline=2, sequence=True), 1, "full"),
     "tp2-dp2": (ParallelConfig(tensor=2), 2, "none"),
     "pp2-dp2": (ParallelConfig(pipeline=2), 2, "none"),
+    "tp4-pp2-sp": (ParallelConfig(tensor=4, pipeline=2, sequence=True), 1, "selective"),
+    "tp2-pp2-dp2-sp-recompute": (ParallelConfig(tensor=2, pipeline=2, sequence=True), 2, "full"),
+    "tp2-pp2-interleaved-dp2": (ParallelConfig(tensor=2, pipeline=2, interleave=2), 2, "none"),
 }
+"""Layout, replicas, recomputation."""
+
 SAMPLES, LENGTH = 4, 16
-KINDS = ["tower", "cross", "affine", "separate", "llama", "chameleon", "untied", "one-way"]
+EVERYWHERE = ["width", "cross", "unequal"]
+"""Models for every layout."""
+
+PER_TOWER = {"tables": "per_tower", "text_ids": [0, 300]}
+WIDE = {"head": "wide", "text_ids": [0, 300]}
 
 
 def one_way(config: ModelConfig) -> ModelConfig:
@@ -40,21 +55,45 @@ def one_way(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, bridges=bridges)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pico models of every kind; `affine` has biases and learnable norms."""
-    root = tmp_path_factory.mktemp("parity")
-    configs = {
+def unequal(**settings: Any) -> ModelConfig:
+    """An image tower of 3 narrower layers with grouped queries beside a text tower of 4."""
+    config = pico_config("cross", affine_norm=True, bias=True, activation="gelu")
+    image = {"num_layers": 3, "hidden_size": 24, "num_kv_heads": 4, "ffn_size": 40, "norm": "rms"}
+    towers = {"image": dataclasses.replace(config.towers["image"], **image)}
+    towers["text"] = dataclasses.replace(config.towers["text"], num_heads=8)
+    config = dataclasses.replace(config, towers=towers, **settings)
+    return dataclasses.replace(config, bridges=BridgeConfig(every=2, kv_norm=True))
+
+
+def configs() -> dict[str, ModelConfig]:
+    """Pico models of every kind."""
+    cross = pico_config("cross", bias=True)
+    return {
+        "cross": pico_config("cross", bias=True, affine_norm=True, activation="gelu"),
+        "unequal": unequal(),
         "tower": pico_config("tower"),
-        "cross": pico_config("cross"),
-        "separate": pico_config("separate", bias=True, affine_norm=True),
-        "affine": pico_config("cross", bias=True, affine_norm=True, activation="gelu"),
+        "separate": pico_config("separate", bias=True, affine_norm=True, activation="gelu"),
         "llama": pico_config("tower", **LLAMA),
         "chameleon": pico_config("cross", **LLAMA, qk_norm=True),
         "one-way": one_way(pico_config("cross", affine_norm=True)),
         "untied": dataclasses.replace(pico_config("separate", bias=True), tied=False),
+        "shared-wide": dataclasses.replace(cross, **WIDE),
+        "own-projected": dataclasses.replace(cross, **PER_TOWER, tied=False),
+        "unequal-wide": unequal(**WIDE, alignment=[0, 2, 3]),
+        "unequal-own": unequal(**PER_TOWER),
+        "unequal-separate": unequal(**PER_TOWER, head="wide"),
     }
-    return {name: pico_folder(root / name, config) for name, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Their weights folders, and a JAM-Width of two towers."""
+    root = tmp_path_factory.mktemp("parity")
+    paths = {name: pico_folder(root / name, config) for name, config in configs().items()}
+    half = pico_config("tower", hidden_size=16, num_heads=2, activation="gelu")
+    text, image = (pico_folder(root / str(seed), half, seed=seed) for seed in (1, 2))
+    fuse(FusionRecipe(method="width", text=text, image=image, output=root / "width"))
+    return {**paths, "width": root / "width"}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +111,7 @@ def batch_of(path: Path) -> dict[str, Tensor]:
     return random_batch(size, samples=SAMPLES, length=LENGTH)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*configs(), "width"])
 def test_one_rank_equals_reference(kind: str, folders: dict[str, Path], single: dict) -> None:
     folder = WeightsFolder(folders[kind])
     weights = {n: folder.read(n).requires_grad_() for n in folder.names}
@@ -89,8 +128,11 @@ def test_one_rank_equals_reference(kind: str, folders: dict[str, Path], single: 
     assert distance({n: w.grad for n, w in weights.items()}, gradients) < 1e-7
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [(kind, layout) for kind in EVERYWHERE for layout in LAYOUTS]
+    + [(kind, COMBINED) for kind in configs() if kind not in EVERYWHERE],
+)
 def test_layouts_agree(
     pool: WorkerPool, kind: str, layout: str, folders: dict[str, Path], single: dict
 ) -> None:
@@ -104,13 +146,25 @@ def test_layouts_agree(
     assert distance(single[kind][1], gradients) < 1e-7
 
 
+@pytest.mark.parametrize("kind", EVERYWHERE)
+def test_accumulation_agrees(
+    pool: WorkerPool, kind: str, folders: dict[str, Path], single: dict
+) -> None:
+    """One micro-batch of all samples in place of one for each."""
+    path = folders[kind]
+    run = (path, batch_of(path), torch.float64, "none", SAMPLES)
+    loss, gradients = pool.run(loss_and_gradients, ParallelConfig(), *run)[0]
+    assert loss == pytest.approx(single[kind][0], rel=1e-12)
+    assert distance(single[kind][1], gradients) < 1e-7
+
+
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "tp2-pp2-sp"])
 def test_single_precision_agrees(
     pool: WorkerPool, layout: str, folders: dict[str, Path], single: dict
 ) -> None:
     """fp32 with GELU; ReLU's kinks flip between layouts in fp32."""
     parallel, data, _ = LAYOUTS[layout]
-    path = folders["affine"]
+    path = folders["cross"]
     base = pool.run(loss_and_gradients, ParallelConfig(), path, batch_of(path), torch.float32)[0]
     other = pool.run(loss_and_gradients, parallel, path, batch_of(path), torch.float32, data=data)[
         0
@@ -120,12 +174,16 @@ def test_single_precision_agrees(
 
 
 @pytest.mark.parametrize("sharded", [True, False])
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "tp2-pp2-sp", "tp2-dp2", "pp2-dp2"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("cross", each) for each in ("tp2", "pp2", "dp2", "tp2-pp2-sp", "tp2-dp2", "pp2-dp2")]
+    + [("separate", "pp2-dp2"), ("unequal", "pp2-dp2")],
+)
 def test_optimizer_steps_agree(
-    pool: WorkerPool, layout: str, sharded: bool, folders: dict[str, Path]
+    pool: WorkerPool, kind: str, layout: str, sharded: bool, folders: dict[str, Path]
 ) -> None:
     """Three steps with clipping active; Megatron's optimizer knows fp32 at most."""
-    path = folders["affine"]
+    path = folders[kind]
     size = WeightsFolder(path).config.vocab_size
     batches = [random_batch(size, samples=4, length=LENGTH, seed=i) for i in range(3)]
     parallel, data, _ = LAYOUTS[layout]

@@ -1,135 +1,38 @@
 """A stopped and resumed run is the undisturbed one; state moves between layouts."""
 
-import dataclasses
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_jam.config.data import Cm3Config, DataConfig, DataSetConfig
+from megatron_jam.config.data import DataConfig
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.config.run import OptimizerConfig, RunConfig
-from megatron_jam.data.indexed import write_set
 from megatron_jam.data.loader import build_dataset
-from megatron_jam.evaluation.perplexity import measure_sets
-from megatron_jam.models.parameters import parameter_table
-from megatron_jam.models.sharding import holders, unpack
-from megatron_jam.parallel.world import World
 from megatron_jam.training.checkpoint import complete_checkpoints
-from megatron_jam.training.loop import Training
-from megatron_jam.training.step import ForwardBackward, Losses
 from megatron_jam.weights.folder import FolderWriter, WeightsFolder
-from megatron_jam.weights.load import gather_whole
 from megatron_jam.weights.reference import reference_logits
-from tests.helpers.pico import LLAMA, pico_config, pico_folder, pico_tokenizer, pico_vocabulary
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import distance
-
-LAYOUTS = {
-    "one": (ParallelConfig(), 1),
-    "tp2": (ParallelConfig(tensor=2), 1),
-    "pp2": (ParallelConfig(pipeline=2), 1),
-    "dp2": (ParallelConfig(), 2),
-    "tp2-pp2": (ParallelConfig(tensor=2, pipeline=2, sequence=True), 1),
-}
-
-
-CHAMELEON = dataclasses.replace(pico_config("cross", **LLAMA, qk_norm=True), tied=False)
+from tests.helpers.training import (
+    LAYOUTS,
+    losses,
+    run_material,
+    run_training,
+    settings,
+    tensors,
+)
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A JAM-Cross in fp32 and a small set of random documents."""
-    root = tmp_path_factory.mktemp("resume")
-    config = pico_config("cross", affine_norm=True, activation="gelu", bias=True)
-    pico_folder(root / "chameleon", CHAMELEON, dtype=torch.float32)
-    weights = pico_folder(root / "weights", config, dtype=torch.float32)
-    vocabulary = pico_vocabulary()
-    rng = np.random.default_rng(0)
-    documents = [
-        np.append(rng.integers(4, 300, size=rng.integers(5, 40)), vocabulary.eos) for _ in range(50)
-    ]
-    write_set(
-        root / "set",
-        documents,
-        vocabulary=vocabulary,
-        tokenizer_sha256=pico_tokenizer().sha256,
-        kind="text",
-    )
-    return weights, root / "set"
+    """A JAM-Cross and a set."""
+    return run_material(tmp_path_factory.mktemp("resume"))
 
 
-def settings(material: tuple[Path, Path], output: Path, parallel: ParallelConfig) -> dict[str, Any]:
-    """A run of six steps."""
-    weights, prefix = material
-    sets = [DataSetConfig(name="set", path=str(prefix))]
-    return {
-        "weights": weights,
-        "output": output,
-        "data": DataConfig(sets=sets, objective="cm3", cm3=Cm3Config(mean_spans=1.0)),
-        "validation": sets,
-        "steps": 6,
-        "context_length": 32,
-        "global_batch_size": 4,
-        "parallel": parallel,
-        "log_every": 1,
-        "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=2, epsilon=1e-4),
-    }
-
-
-def run_training(world: World, values: dict[str, Any]) -> dict[str, torch.Tensor] | None:
-    """Run; return the optimizer's moments as whole logical tensors on rank 0."""
-    config = RunConfig(**values)
-    folder = WeightsFolder(config.weights)
-
-    def validate(step: ForwardBackward) -> Mapping[str, Losses]:
-        return measure_sets(
-            step, config.validation, folder, world, context_length=32, micro_batch_size=2
-        )
-
-    training = Training(config, folder, world, validate)
-    training.run()
-    return moments(training, world)
-
-
-def moments(training: Training, world: World) -> dict[str, torch.Tensor] | None:
-    """First and second moments by logical name, where the optimizer's state is not split."""
-    if world.data.size > 1 or world.pipeline.size > 1:
-        return None
-    (optimizer,) = training._optimizer.chained_optimizers
-    result: dict[str, torch.Tensor] = {}
-    for kind in ("exp_avg", "exp_avg_sq"):
-        local: dict[str, torch.Tensor] = {}
-        for holder in holders(training.chunks[0]):
-            group, index = optimizer.model_param_group_index_map[holder.parameter]
-            shard = optimizer.optimizer.param_groups[group]["params"][index]
-            state = optimizer.optimizer.state[shard][kind].view(holder.parameter.shape)
-            local.update(unpack(state, holder.parts))
-        table = parameter_table(training.folder.config)
-        for name, whole in gather_whole(table, local, world, torch.float32):
-            if whole is not None:
-                result[f"{kind}.{name}"] = whole
-    return result
-
-
-def losses(output: Path) -> list[float]:
-    """Training losses of a run, by step."""
-    lines = [json.loads(x) for x in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
-
-
-def tensors(output: Path) -> dict[str, torch.Tensor]:
-    """The final weights of a run."""
-    folder = WeightsFolder(output / "weights")
-    return {name: folder.read(name) for name in folder.names}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["one", "tp2", "pp2", "dp2", "tp2-pp2"])
 def test_resumed_run_is_bit_exact(
     pool: WorkerPool, layout: str, material: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -179,10 +82,10 @@ def test_moments_move_to_another_tensor_parallel_size(
     """Saved at TP=1, loaded by fresh processes' optimizers at TP=2: bit for bit the same."""
     material = (material[0].with_name(kind), material[1])
     values = settings(material, tmp_path / "run", ParallelConfig())
-    saved = pool.run(run_training, ParallelConfig(), {**values, "stop_at": 4})[0]
+    saved = pool.run(run_training, ParallelConfig(), {**values, "stop_at": 4}, True)[0]
     parallel = ParallelConfig(tensor=2)
     moved = {**settings(material, tmp_path / "run", parallel), "stop_at": 4}
-    loaded = pool.run(run_training, parallel, moved)[0]
+    loaded = pool.run(run_training, parallel, moved, True)[0]
     assert saved.keys() == loaded.keys()
     assert max(float(v.abs().max()) for v in saved.values()) > 0
     for name, value in saved.items():

@@ -1,0 +1,82 @@
+"""Frozen towers: what stays, what learns, and that such runs save, resume and change layout."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_jam.config.model import BridgeConfig
+from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.models.parameters import parameter_table
+from megatron_jam.weights.folder import WeightsFolder
+from tests.helpers.pico import pico_folder
+from tests.helpers.pool import WorkerPool
+from tests.helpers.runs import distance
+from tests.helpers.training import (
+    LAYOUTS,
+    SEPARATE,
+    losses,
+    run_material,
+    run_training,
+    settings,
+    tensors,
+)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """JAM-Crosses and a set; `late` has its only bridge behind the last layer."""
+    root = tmp_path_factory.mktemp("freeze")
+    late = dataclasses.replace(SEPARATE, bridges=BridgeConfig(layers=[3]))
+    pico_folder(root / "late", late, dtype=torch.float32)
+    return run_material(root)
+
+
+def choose(material: tuple[Path, Path], kind: str) -> tuple[Path, Path]:
+    return material[0].with_name(kind), material[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "frozen"),
+    [("weights", ["text"]), ("separate", ["image"]), ("late", ["image", "text"])],
+)
+def test_frozen_weights_stay_and_others_learn(
+    kind: str, frozen: list[str], material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
+) -> None:
+    chosen = choose(material, kind)
+    values = settings(chosen, tmp_path / "run", ParallelConfig(), freeze=frozen)
+    pool.run(run_training, ParallelConfig(), values)
+    before, after = WeightsFolder(chosen[0]), tensors(tmp_path / "run")
+    moved = {name for name in after if not torch.equal(before.read(name), after[name])}
+    due = set()
+    for entry in parameter_table(before.config):
+        own = entry.tower in frozen and not entry.name.startswith("bridges.")
+        due |= set() if own else {entry.name}
+    assert moved == due
+    assert 0 < len(due) < len(after)
+
+
+# With both towers frozen and one late bridge the first of two stages has nothing to train.
+@pytest.mark.parametrize(("kind", "frozen"), [("separate", ["text"]), ("late", ["image", "text"])])
+@pytest.mark.parametrize(("first", "second"), [("pp2", "pp2"), ("pp2-dp2", "tp2"), ("one", "pp2")])
+def test_frozen_runs_resume_under_any_layout(
+    first: str,
+    second: str,
+    kind: str,
+    frozen: list[str],
+    material: tuple[Path, Path],
+    pool: WorkerPool,
+    tmp_path: Path,
+) -> None:
+    chosen = choose(material, kind)
+    changes: dict[str, Any] = {"freeze": frozen}
+    base = settings(chosen, tmp_path / "whole", ParallelConfig(), **changes)
+    pool.run(run_training, ParallelConfig(), base)
+    for layout, stop in ((first, 3), (second, 0)):
+        parallel, data = LAYOUTS[layout]
+        values = settings(chosen, tmp_path / "moved", parallel, stop_at=stop, **changes)
+        pool.run(run_training, parallel, values, data=data)
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert distance(tensors(tmp_path / "whole"), tensors(tmp_path / "moved")) < 1e-5
