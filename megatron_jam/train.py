@@ -24,7 +24,7 @@ def main() -> None:
     with one_line_errors():
         config = load_run_config()
         folder = WeightsFolder(config.weights)
-        check_layout(folder.config, config.parallel)
+        check_layout(folder.config, config.parallel, config.fp8)
         world = start_world(config.parallel)
 
         def validate(step: ForwardBackward) -> Mapping[str, Losses]:

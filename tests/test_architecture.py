@@ -15,9 +15,9 @@ FLOORS = {
     "_C": 0,
     "config": 0,  # imports nothing of ours: everybody's errors, logger and settings
     **dict.fromkeys(["tokenizers", "ops"], 1),
-    **dict.fromkeys(["parallel", "planning"], 2),
+    "parallel": 2,
     **dict.fromkeys(["models", "data"], 3),
-    "weights": 4,
+    **dict.fromkeys(["weights", "planning"], 4),
     **dict.fromkeys(["fusion", "training", "generation"], 5),
     "evaluation": 6,
     "train": 7,

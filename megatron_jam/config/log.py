@@ -10,6 +10,8 @@ import warnings
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 # Megatron-Core calls collectives by names that torch means to rename.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+# Megatron-Core imports it; a CUDA build of torch then warns wherever it sees a toolkit but no GPU.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 logger = logging.getLogger("megatron_jam")
 

@@ -1,7 +1,9 @@
 """How a run is split over ranks."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+from megatron_jam.config.checks import check_types
 from megatron_jam.config.errors import UsageError
 
 
@@ -21,8 +23,16 @@ class ParallelConfig:
     sequence: bool = False
     """Split norms and residuals over the tensor-parallel ranks by sequence position."""
 
+    balance: Literal["layers", "cost"] = "layers"
+    """How layers go to stages: as many to each, or so that the costliest stage costs least, with
+    bridges and the head counted (see models/stages.py)."""
+
+    context: int = 1
+    """Ranks that share each sequence (CP), with Transformer Engine's layers alone."""
+
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "interleave"):
+        check_types(self, "parallel.")
+        for name in ("tensor", "pipeline", "interleave", "context"):
             if getattr(self, name) < 1:
                 raise UsageError(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
         if self.interleave > 1 and self.pipeline == 1:
@@ -30,18 +40,33 @@ class ParallelConfig:
 
     def check_length(self, context_length: int) -> None:
         """Raise UsageError if sequences of `context_length` tokens cannot be split."""
-        if self.sequence and context_length % self.tensor:
+        if self.context > 1 and context_length % (2 * self.context):
+            raise UsageError(
+                f"parallel.context {self.context} needs a context_length that"
+                f" {2 * self.context} divides, not {context_length}"
+            )
+        if self.sequence and context_length // self.context % self.tensor:
             raise UsageError(
                 f"parallel.sequence needs a context_length that parallel.tensor {self.tensor}"
-                f" divides, not {context_length}"
+                f" divides{' within a rank of parallel.context' if self.context > 1 else ''},"
+                f" not {context_length}"
+            )
+
+    def check_backend(self, backend: str) -> None:
+        """Raise UsageError if layers of `backend` cannot be split so."""
+        if self.context > 1 and backend != "transformer_engine":
+            raise UsageError(
+                f"parallel.context is {self.context}, but only training with `backend:"
+                " transformer_engine` has attention over several ranks; set it to 1"
             )
 
     def data(self, world_size: int) -> int:
         """Data-parallel replicas among `world_size` ranks."""
-        ranks = self.tensor * self.pipeline
+        ranks = self.tensor * self.pipeline * self.context
         if world_size % ranks:
+            context = f" x parallel.context {self.context}" if self.context > 1 else ""
             raise UsageError(
-                f"parallel.tensor {self.tensor} x parallel.pipeline {self.pipeline} does not divide"
-                f" the {world_size} ranks; start a multiple of {ranks} ranks"
+                f"parallel.tensor {self.tensor} x parallel.pipeline {self.pipeline}{context} does"
+                f" not divide the {world_size} ranks; start a multiple of {ranks} ranks"
             )
         return world_size // ranks

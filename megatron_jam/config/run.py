@@ -16,6 +16,9 @@ from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.model import PAIR
 from megatron_jam.config.parallel import ParallelConfig
 
+FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""What a rank's widths and tokens must be multiples of under each FP8 recipe."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -98,6 +101,13 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Parameters and activations; with bf16 gradients and optimizer stay fp32."""
 
+    backend: Literal["torch", "transformer_engine"] = "torch"
+    """Whose layers: torch's run everywhere, Transformer Engine's on NVIDIA GPUs alone."""
+
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """How the layers' products are scaled to 8 bits, with transformer_engine and bf16: by the
+    largest values of past steps, by this one's, or by those of blocks of 128 or of 32 values."""
+
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, attention scores, whole layers."""
 
@@ -142,6 +152,27 @@ class RunConfig:
         if not set(self.freeze) <= set(PAIR):
             raise UsageError(f"freeze is {self.freeze}; it may hold image and text")
         self.parallel.check_length(self.context_length)
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        parallel = self.parallel
+        parallel.check_backend(self.backend)
+        if parallel.context > 1 and self.data.isolate_documents:
+            raise UsageError(
+                "data.isolate_documents and parallel.context cannot go together: Transformer"
+                " Engine's attention over several ranks takes no mask"
+            )
+        if self.fp8 == "none":
+            return
+        if self.backend != "transformer_engine" or self.precision != "bf16":
+            raise UsageError(f"fp8 {self.fp8} needs backend transformer_engine and precision bf16")
+        shared = parallel.context * (parallel.tensor if parallel.sequence else 1)
+        tokens = self.micro_batch_size * self.context_length // shared
+        if tokens % FP8_MULTIPLES[self.fp8]:
+            raise UsageError(
+                f"fp8 {self.fp8} needs a rank's micro_batch_size x context_length to be a multiple"
+                f" of {FP8_MULTIPLES[self.fp8]}, not {tokens}"
+            )
 
     def num_micro_batches(self, world_size: int) -> int:
         """Micro-batches of each rank in a step.

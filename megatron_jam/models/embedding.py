@@ -1,7 +1,5 @@
 """Token ids -> the states in which the towers begin."""
 
-import math
-
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_jam.config.model import MAIN, ModelConfig
+from megatron_jam.models.parameters import padded_vocabulary
 from megatron_jam.parallel.world import World
 
 
@@ -77,11 +76,6 @@ class Table(nn.Module):
             return words.transpose(0, 1) + places
         places = places.contiguous()
         return words + tensor_parallel.scatter_to_sequence_parallel_region(places, group=self.group)
-
-
-def padded_vocabulary(size: int, tensor: int) -> int:
-    """Rows of the token table in memory: the smallest multiple of TP that holds `size`."""
-    return math.ceil(size / tensor) * tensor
 
 
 def num_real_rows(vocab_size: int, world: World) -> int:

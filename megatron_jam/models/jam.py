@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.config.run import FP8_MULTIPLES
 from megatron_jam.models.attention import Places, rotary_angles, visible_tokens
+from megatron_jam.models.backends import fp8_settings, parts_of
 from megatron_jam.models.embedding import Embedding
 from megatron_jam.models.head import Head
 from megatron_jam.models.layers import JointLayer, engine_config
 from megatron_jam.models.stages import stage_layers
+from megatron_jam.parallel.fused import fuses_weight_gradients
 from megatron_jam.parallel.world import World
 
 
@@ -44,36 +47,35 @@ class JamModel(MegatronModule):
         dtype: torch.dtype = torch.float32,
         recompute: str = "none",
         dropout: float = 0.0,
+        backend: str = "torch",
+        fp8: str = "none",
         chunk: int = 0,
     ) -> None:
         """Build chunk `chunk` of this stage; weights are left for `weights/load.py` to fill.
 
         Raises:
-            UsageError: if the layout does not fit the model; the message names the setting.
+            UsageError: if the layout does not fit the model, or the backend is not there; the
+                message names the setting.
         """
         parallel = world.parallel
-        check_layout(model, parallel)
-        super().__init__(config=joint_engine_config(model, world, dtype))
+        parallel.check_backend(backend)
+        check_layout(model, parallel, fp8)
+        super().__init__(config=joint_engine_config(model, world, dtype, fp8))
+        self.parts = parts_of(backend, fp8, world)
         self.model_type = ModelType.encoder_or_decoder
         self.model_config = model
         self.recompute, self.dropout = recompute == "full", dropout
         self.groups = world.groups
-        stages = parallel.pipeline
-        self.layer_range = stage_layers(
-            model.num_layers,
-            stages=stages,
-            interleave=parallel.interleave,
-            stage=world.pipeline.rank,
-            chunk=chunk,
-        )
+        self.layer_range = stage_layers(model, parallel, stage=world.pipeline.rank, chunk=chunk)
         self.pre_process = world.pipeline.is_first and chunk == 0
         self.post_process = world.pipeline.is_last and chunk == parallel.interleave - 1
         self.vp_stage = chunk if parallel.interleave > 1 else None
         self._received: Tensor | None = None
+        settings = {"dtype": dtype, "recompute": recompute, "dropout": dropout}
+        settings |= {"backend": backend, "fp8": fp8}
+        settings["fuses_gradients"] = fuses_weight_gradients(world.device)
         with torch.device(world.device):
-            self._build(
-                world, partial(engine_config, dtype=dtype, recompute=recompute, dropout=dropout)
-            )
+            self._build(world, partial(engine_config, **settings))
 
     def _build(self, world: World, engine: Callable[..., TransformerConfig]) -> None:
         model, joint = self.model_config, self.config
@@ -81,7 +83,10 @@ class JamModel(MegatronModule):
         if self.pre_process:
             self.embedding = Embedding(model, joint, world)
         self.layers = nn.ModuleDict(
-            {str(i): JointLayer(model, i, engine, world.groups) for i in self.layer_range}
+            {
+                str(i): JointLayer(model, i, engine, world.groups, self.parts)
+                for i in self.layer_range
+            }
         )
         if self.post_process:
             self.head = Head(model, joint, world, reads_tables=model.tied and self.pre_process)
@@ -136,10 +141,10 @@ class JamModel(MegatronModule):
         """
         states = self._enter(tokens, positions)
         places = self._places(positions, documents)
-        with self._random_numbers():
+        with self._random_numbers(), self.parts.fp8(self.config):
             for layer in self.layers.values():
                 if self.recompute and self.training:
-                    states = tensor_parallel.checkpoint(partial(layer, places), False, *states)
+                    states = self.parts.recompute(partial(layer, places), *states)
                 else:
                     states = layer(places, *states)
         return states
@@ -180,7 +185,9 @@ class JamModel(MegatronModule):
         return []
 
 
-def joint_engine_config(model: ModelConfig, world: World, dtype: torch.dtype) -> TransformerConfig:
+def joint_engine_config(
+    model: ModelConfig, world: World, dtype: torch.dtype, fp8: str = "none"
+) -> TransformerConfig:
     """Megatron's settings for the model as a whole: schedules, gradients, embedding and head.
 
     Its `hidden_size` is the width of what crosses a stage boundary.
@@ -198,6 +205,7 @@ def joint_engine_config(model: ModelConfig, world: World, dtype: torch.dtype) ->
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -207,11 +215,12 @@ def joint_engine_config(model: ModelConfig, world: World, dtype: torch.dtype) ->
         perform_initialization=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
+        **fp8_settings(fp8),
     )
 
 
-def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse a layout that the model cannot take, naming the setting."""
+def check_layout(model: ModelConfig, parallel: ParallelConfig, fp8: str = "none") -> None:
+    """Refuse a layout or FP8 recipe that the model cannot take, naming the setting."""
     tensor = parallel.tensor
     for name, tower in model.towers.items():
         divided = {
@@ -224,4 +233,16 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
                 raise UsageError(
                     f"parallel.tensor {tensor} does not divide {setting} {value} of tower {name};"
                     " choose a divisor of it"
+                )
+        widths = {
+            "hidden_size": tower.hidden_size,
+            "num_heads x head size": tower.num_heads * tower.head_size // tensor,
+            "num_kv_heads x head size": tower.kv_heads * tower.head_size // tensor,
+            "ffn_size": tower.inner_size // tensor,
+        }
+        for setting, value in widths.items():
+            if fp8 != "none" and value % FP8_MULTIPLES[fp8]:
+                raise UsageError(
+                    f"fp8 {fp8} needs a rank's {setting} of tower {name} to be a multiple of"
+                    f" {FP8_MULTIPLES[fp8]}, not {value}"
                 )

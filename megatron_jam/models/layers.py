@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import (
     CrossAttention,
     CrossAttentionSubmodules,
@@ -15,6 +14,7 @@ from megatron.core.transformer.attention import (
     SelfAttentionSubmodules,
 )
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from megatron_jam.config.model import IMAGE, TEXT, ModelConfig, TowerConfig
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.models.attention import CausalAttention, NormedSelfAttention, Places
+from megatron_jam.models.attention import NormedSelfAttention, Places
+from megatron_jam.models.backends import Parts, fp8_settings
 from megatron_jam.models.norms import NORMS
 
 
@@ -37,6 +38,9 @@ def engine_config(
     dtype: torch.dtype,
     recompute: str,
     dropout: float = 0.0,
+    backend: str = "torch",
+    fp8: str = "none",
+    fuses_gradients: bool = False,
 ) -> TransformerConfig:
     """A tower's settings in Megatron-Core's terms."""
     return TransformerConfig(
@@ -49,22 +53,26 @@ def engine_config(
         gated_linear_unit=tower.gated,
         add_bias_linear=tower.bias,
         layernorm_epsilon=tower.norm_epsilon,
+        normalization={"layer": "LayerNorm", "rms": "RMSNorm"}[tower.norm],
         hidden_dropout=dropout,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         # Stages are ours: Megatron would add a stage's offset to the layer numbers by itself.
         pipeline_model_parallel_size=1,
         sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         recompute_granularity="selective" if recompute == "selective" else None,
         recompute_modules=["core_attn"] if recompute == "selective" else None,
-        # Weights come from a weights folder. Made on torch's default device, which JamModel sets.
+        # Weights come from a weights folder. Megatron's layers are made on torch's default device,
+        # which JamModel sets; Transformer Engine's would be made on the CPU itself.
         perform_initialization=False,
-        use_cpu_initialization=True,
+        use_cpu_initialization=backend == "torch",
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_gradients,
+        **fp8_settings(fp8),
     )
 
 
@@ -91,64 +99,71 @@ def _norm(tower: TowerConfig) -> ModuleSpec:
     return ModuleSpec(module=NORMS[tower.norm], params={"affine": tower.affine_norm})
 
 
-def _mlp() -> ModuleSpec:
-    return ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-    )
+def _norm_and_linear(tower: TowerConfig, parts: Parts) -> tuple[Any, Any]:
+    """A norm and the column-parallel linear layer behind it; in one where `parts` have that. That
+    one always has parameters, so that a norm without them stays apart."""
+    if tower.affine_norm and parts.norm_column is not None:
+        return IdentityOp, parts.norm_column
+    return _norm(tower), parts.column
 
 
-def tower_layer_spec(tower: TowerConfig) -> ModuleSpec:
+def _mlp(column: Any, parts: Parts) -> ModuleSpec:
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=parts.row))
+
+
+def tower_layer_spec(tower: TowerConfig, parts: Parts = Parts()) -> ModuleSpec:
     """norm -> causal self-attention -> add; norm -> FFN -> add."""
+    norm, column = _norm_and_linear(tower, parts)
     attention = ModuleSpec(
         module=NormedSelfAttention if tower.qk_norm else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=CausalAttention,
-            linear_proj=RowParallelLinear,
+            linear_qkv=column,
+            core_attention=parts.attention,
+            linear_proj=parts.row,
         ),
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=_norm(tower),
+            input_layernorm=norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=_norm(tower),
-            mlp=_mlp(),
+            pre_mlp_layernorm=norm,
+            mlp=_mlp(column, parts),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def bridge_spec(tower: TowerConfig, width: int) -> ModuleSpec:
+def bridge_spec(tower: TowerConfig, width: int, parts: Parts = Parts()) -> ModuleSpec:
     """norm on the reader's states -> causal cross-attention to the raw states of the other tower,
     of another `width` maybe -> add; norm -> FFN -> add (the authors' code; the paper's eq. 4-5 show
     the attention alone)."""
 
     def linear_kv(_: int, *sizes: int, **settings: Any) -> nn.Module:
         # Megatron's cross-attention knows one width, that of the reader.
-        return ColumnParallelLinear(width, *sizes, **settings)
+        return parts.column(width, *sizes, **settings)
 
+    norm, column = _norm_and_linear(tower, parts)
     attention = ModuleSpec(
         module=CrossAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=CrossAttentionSubmodules(
-            linear_q=ColumnParallelLinear,
+            linear_q=column,
             linear_kv=linear_kv,
-            core_attention=CausalAttention,
-            linear_proj=RowParallelLinear,
+            core_attention=parts.attention,
+            linear_proj=parts.row,
         ),
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            pre_cross_attn_layernorm=_norm(tower),
+            pre_cross_attn_layernorm=norm,
             cross_attention=attention,
             cross_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=_norm(tower),
-            mlp=_mlp(),
+            pre_mlp_layernorm=norm,
+            mlp=_mlp(column, parts),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -163,6 +178,7 @@ class JointLayer(nn.Module):
         layer: int,
         engine: Callable[[TowerConfig], TransformerConfig],
         groups: ProcessGroupCollection,
+        parts: Parts = Parts(),
     ) -> None:
         super().__init__()
         self.names = model.tower_names
@@ -176,11 +192,11 @@ class JointLayer(nn.Module):
         for name in model.tower_names:
             if model.tower_layer(name, layer) is not None:
                 tower = model.towers[name]
-                self.towers[name] = build(tower_layer_spec(tower), tower)
+                self.towers[name] = build(tower_layer_spec(tower, parts), tower)
         for name in model.bridges_into(layer):
             # A bridge has as many heads for keys and values as for queries.
             tower, other = replace(model.towers[name], num_kv_heads=0), model.other_tower(name)
-            self.bridges[name] = build(bridge_spec(tower, other.hidden_size), tower)
+            self.bridges[name] = build(bridge_spec(tower, other.hidden_size, parts), tower)
             if model.bridges.kv_norm:
                 norm = build_norm(tower, engine(tower), other.hidden_size)
                 self.context_norms[name] = norm

@@ -78,8 +78,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         readings, num_real, group, num_hidden, wanted = settings
         hidden, tables = tensors[:num_hidden], tensors[num_hidden:]
         exact = torch.promote_types(hidden[0].dtype, torch.float32)
+        # With several tables or states a rank's readings leave parts of them out.
+        allocate = torch.zeros_like if len(tensors) > 2 else torch.empty_like
         gradients = [
-            torch.zeros_like(each, dtype=exact) if needed else None
+            allocate(each, dtype=exact) if needed else None
             for each, needed in zip(tensors, wanted, strict=True)
         ]
         losses = hidden[0].new_empty(len(labels), dtype=exact)
@@ -140,18 +142,22 @@ def _add_gradients(
     gradients: Sequence[Tensor | None],
 ) -> None:
     """Add what the logits of `some` tokens give to hidden states' and tables' gradients."""
+    several = len(gradients) > 2
     for each in readings:
         slope = slopes[:, each.start : each.stop]
         rows = slice(each.start, each.stop)
         of_hidden, of_table = gradients[each.hidden], gradients[len(hidden) + each.table]
         if of_hidden is not None:
-            _add_product(of_hidden[some], slope, tables[each.table][rows])
+            _put_product(of_hidden[some], slope, tables[each.table][rows], adds=several)
         if of_table is not None:
-            _add_product(of_table[rows], slope.T, hidden[each.hidden][some])
+            adds = several or some.start > 0
+            _put_product(of_table[rows], slope.T, hidden[each.hidden][some], adds=adds)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _put_product(total: Tensor, left: Tensor, right: Tensor, *, adds: bool) -> None:
     if total.dtype is left.dtype:
-        total.addmm_(left, right)
-    else:
+        total.addmm_(left, right, beta=int(adds))
+    elif adds:
         total += left @ right
+    else:
+        total.copy_(left @ right)

@@ -4,6 +4,7 @@ Loading, export, initialisation, checkpoints and parity tests are loops over thi
 names are those of a weights folder: one tensor for each logical weight, never fused or sharded.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -108,15 +109,14 @@ def of_tower(name: str, tower: str | None) -> str:
     return name if tower is None else f"{room}.{tower}.{rest}"
 
 
+def padded_vocabulary(size: int, tensor: int) -> int:
+    """Rows of the token table in memory: the smallest multiple of TP that holds `size`."""
+    return math.ceil(size / tensor) * tensor
+
+
 def num_parameters(config: ModelConfig) -> int:
     """Exact number of weights of a model."""
-    total = 0
-    for parameter in parameter_table(config):
-        size = 1
-        for length in parameter.shape:
-            size *= length
-        total += size
-    return total
+    return sum(math.prod(parameter.shape) for parameter in parameter_table(config))
 
 
 def _layer(tower: TowerConfig, layer: int, own: int, name: str) -> Iterator[Parameter]:

@@ -20,12 +20,22 @@ COPIES = "head.tables."
 """What the names of JamModel's second copies of token tables begin with, on the last stage."""
 
 
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "cross_attention.linear_q.layer_norm_": "pre_cross_attn_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Where a norm in one with the linear layer behind it has its parameters, and where the table of
+weights and every checkpoint have them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Holder:
     """A parameter of this rank and the logical weights packed into it."""
 
     key: str
-    """Name of the parameter in JamModel; a tied copy has the name of the table it copies."""
+    """Name of the parameter in JamModel with torch's layers; a tied copy has the name of the table
+    it copies."""
 
     parameter: nn.Parameter
     parts: tuple[Parameter, ...]
@@ -47,6 +57,8 @@ def holders(model: JamModel) -> list[Holder]:
     for name, parameter in model.named_parameters():
         is_copy = model.model_config.tied and name.startswith(COPIES)
         key = f"embedding.tables.{name.removeprefix(COPIES)}.tokens.weight" if is_copy else name
+        for fused, own in FUSED_NORMS.items():
+            key = key.replace(fused, own)
         parts = tuple(by_module[key])
         holder = Holder(key=key, parameter=parameter, parts=parts, is_copy=is_copy)
         parallel = holder.split is not None

@@ -25,9 +25,12 @@ class Adam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adam_w_mode: bool = True,
+        capturable: bool = False,  # Megatron-Core passes it from 0.17 on
     ) -> None:
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay is supported")
+        if capturable:
+            raise ValueError("steps cannot be captured in a CUDA graph")
         super().__init__(
             params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         )
@@ -60,5 +63,5 @@ class Adam(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
-                foreach=bool(parameters) and parameters[0].is_cuda,
+                fused=bool(parameters),
             )

@@ -149,13 +149,18 @@ def _patch_tensor_methods() -> None:
 
 def provide_adam(device: torch.device) -> None:
     """Without apex or Transformer Engine Megatron takes torch's Adam, whose state it cannot load,
-    on a GPU as well; give it ours. On a CPU always: theirs run on GPUs alone."""
+    on a GPU as well; give it ours. On a CPU always: theirs run on GPUs alone. Also where apex was
+    built without its kernels, which its Adam would miss as soon as it is made."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
     from megatron_jam.parallel.adam import Adam
+    from megatron_jam.parallel.fused import find_apex_adam
 
-    if device.type == "cuda" and not optimizer.USING_PYTORCH_OPTIMIZER:
+    is_fused = not optimizer.USING_PYTORCH_OPTIMIZER
+    if is_fused and optimizer.Adam.__module__.startswith("apex."):
+        is_fused = not find_apex_adam().missing
+    if device.type == "cuda" and is_fused:
         return
     optimizer.Adam = distrib_optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False

@@ -11,9 +11,9 @@ def seed_step(world: World, *, seed: int, step: int) -> None:
     """Seed what this rank draws in optimizer step `step`, so that a resumed run draws the same.
 
     Tensor-parallel ranks draw alike, but unlike ones from Megatron's tracker, which sequence
-    parallelism uses; replicas and pipeline stages always differ.
+    parallelism uses; replicas, ranks that share a sequence, and pipeline stages always differ.
     """
-    place = f"{seed}|{step}|{world.data.rank}|{world.pipeline.rank}"
+    place = f"{seed}|{step}|{world.replicas.rank}|{world.pipeline.rank}"
     digest = hashlib.sha256(place.encode()).digest()
     model_parallel_cuda_manual_seed(
         int.from_bytes(digest[:4], "little") >> 1,

@@ -54,6 +54,13 @@ class World:
     tensor: Axis
     pipeline: Axis
     data: Axis
+    """Replicas that learn from samples of their own."""
+
+    context: Axis
+    """Ranks that share each sequence."""
+
+    replicas: Axis
+    """Ranks with the same weights: those of `data` and `context` together."""
 
     @property
     def rank(self) -> int:
@@ -77,7 +84,7 @@ def start_world(parallel: ParallelConfig, *, timeout_minutes: float = 30.0) -> W
     """Join torchrun's ranks (or start a world of one) and build the process groups.
 
     Raises:
-        UsageError: if tensor x pipeline does not divide the number of ranks.
+        UsageError: if tensor x pipeline x context does not divide the number of ranks.
     """
     device = select_device()
     if not dist.is_initialized():
@@ -99,6 +106,7 @@ def build_world(parallel: ParallelConfig, device: torch.device) -> World:
         virtual_pipeline_model_parallel_size=(
             parallel.interleave if parallel.interleave > 1 else None
         ),
+        context_parallel_size=parallel.context,
         # A second set of groups for exchanges over the CPU, which nothing here makes.
         create_gloo_process_groups=False,
     )
@@ -110,6 +118,8 @@ def build_world(parallel: ParallelConfig, device: torch.device) -> World:
         tensor=_axis(groups.tp),
         pipeline=_axis(groups.pp),
         data=_axis(groups.dp),
+        context=_axis(groups.cp),
+        replicas=_axis(groups.dp_cp),
     )
 
 

@@ -146,7 +146,7 @@ def _sharded(holder: Holder, world: World) -> ShardedTensor | ShardedTensorFacto
     groups = {"tp_group": world.groups.tp, "dp_cp_group": world.groups.dp_cp}
     copy = int(holder.is_copy)
     if holder.split is None:
-        replica = (copy, world.tensor.rank, world.data.rank)
+        replica = (copy, world.tensor.rank, world.replicas.rank)
         return make_sharded_tensor_for_checkpoint(
             holder.parameter, holder.key, replica_id=replica, **groups
         )
@@ -154,7 +154,7 @@ def _sharded(holder: Holder, world: World) -> ShardedTensor | ShardedTensorFacto
         holder.parameter,
         holder.key,
         holder.split,
-        replica_id=(copy, 0, world.data.rank),
+        replica_id=(copy, 0, world.replicas.rank),
         # Another TP pads the vocabulary differently.
         allow_shape_mismatch=holder.parts[0].is_vocabulary,
         **groups,

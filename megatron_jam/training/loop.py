@@ -26,7 +26,7 @@ from megatron_jam.parallel.world import World
 from megatron_jam.training.checkpoint import Checkpoints
 from megatron_jam.training.metrics import Reporter
 from megatron_jam.training.optimizer import build_optimizer, wrap_chunks
-from megatron_jam.training.preflight import check_replicas, log_start
+from megatron_jam.training.preflight import check_replicas, log_start, save_environment
 from megatron_jam.training.step import Batch, ForwardBackward, Losses, train_step
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import export_weights, load_weights
@@ -69,6 +69,8 @@ class Training:
                 dtype=DTYPES[config.precision],
                 recompute=config.recompute,
                 dropout=config.dropout,
+                backend=config.backend,
+                fp8=config.fp8,
                 chunk=chunk,
             )
             for chunk in range(config.parallel.interleave)
@@ -97,13 +99,14 @@ class Training:
     def run(self) -> None:
         """Train to the end, or to `stop_at`; the end exports OUTPUT/weights."""
         config = self.config
-        log_start(self.chunks, self.world)
+        log_start(self.chunks, self.world, backend=config.backend)
         first = self._checkpoints.load_latest()
         if first > config.steps:
             raise UsageError(f"steps is {config.steps}, but the run has made {first} already")
         if self.world.rank == 0:
             config.output.mkdir(parents=True, exist_ok=True)
             config.save(config.output / "run.yaml")
+            save_environment(config.output / "environment.json", self.world, backend=config.backend)
         check_replicas(self.chunks, self.world)
         self._reporter.start(first)
         last = min(config.stop_at or config.steps, config.steps)

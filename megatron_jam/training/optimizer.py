@@ -81,4 +81,6 @@ def _finalize(
             if not weight.requires_grad:
                 continue  # frozen, on both stages
             dist.all_reduce(weight.main_grad, group=world.groups.embd)
-    finalize_model_grads(wrapped, num_tokens, pg_collection=world.groups)
+    # A scatter to a single replica would copy the whole buffer, more than once on a CPU.
+    alone = world.replicas.size == 1
+    finalize_model_grads(wrapped, num_tokens, pg_collection=world.groups, force_all_reduce=alone)

@@ -1,15 +1,20 @@
 """What is checked before the first step, so that a run starts right or not at all."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.models.jam import JamModel
 from megatron_jam.models.parameters import num_parameters
 from megatron_jam.models.sharding import holders
+from megatron_jam.parallel.fused import describe_parts, environment, fused_parts
 from megatron_jam.parallel.world import World
+from megatron_jam.planning.memory import state_bytes
 
 
 def check_replicas(chunks: Sequence[JamModel], world: World) -> None:
@@ -17,44 +22,39 @@ def check_replicas(chunks: Sequence[JamModel], world: World) -> None:
     the tensor-parallel ranks where it is not split, and of tied tables over their stages."""
     for chunk in chunks:
         for holder in holders(chunk):
-            _check_equal(holder.parameter, world.data.group, f"replicas of {holder.key}")
+            _check_equal(holder.parameter, world.replicas.group, f"replicas of {holder.key}")
             if holder.split is None:
                 _check_equal(holder.parameter, world.tensor.group, f"copies of {holder.key}")
         for weight in chunk.tied_weights():
             _check_equal(weight, world.groups.embd, "first and last stage's token tables")
 
 
-def log_start(chunks: Sequence[JamModel], world: World) -> None:
-    """Say how large the model is, how it is split and what a rank's state will take."""
+def log_start(chunks: Sequence[JamModel], world: World, *, backend: str = "torch") -> None:
+    """Say how large the model is, how it is split, what a rank's state will take, and which fused
+    kernels are in use."""
     parallel = world.parallel
     logger.info(
-        "%s parameters | %d ranks: TP %d x PP %d x DP %d%s | %s",
+        "%s parameters | %d ranks: TP %d x PP %d x DP %d%s%s | %s",
         f"{num_parameters(chunks[0].model_config):,}",
         world.size,
         parallel.tensor,
         parallel.pipeline,
         world.data.size,
+        f" x CP {parallel.context}" if parallel.context > 1 else "",
         ", sequence parallel" if parallel.sequence else "",
         world.device,
     )
-    logger.info(
-        "weights, gradients and optimizer: %.1f MB a rank", state_bytes(chunks, world) / 1e6
-    )
+    held = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    width = chunks[0].config.params_dtype.itemsize
+    state = state_bytes(held, width=width, replicas=world.replicas.size)
+    logger.info("weights, gradients and optimizer: %.1f MB a rank", state.total / 1e6)
+    logger.info("%s", describe_parts(fused_parts(world.device, backend)))
 
 
-def state_bytes(chunks: Sequence[JamModel], world: World) -> int:
-    """Bytes of weights, gradients and Adam's state on this rank, before activations.
-
-    Gradients are fp32 for bf16 weights; the fp32 copy and two moments are split over the replicas.
-    """
-    parameters = [p for chunk in chunks for p in chunk.parameters()]
-    total = 0
-    for parameter in parameters:
-        low = parameter.dtype in (torch.bfloat16, torch.float16)
-        state = 12 if low else 8
-        total += parameter.numel() * (parameter.dtype.itemsize + 4)
-        total += parameter.numel() * state // world.data.size
-    return total
+def save_environment(path: Path, world: World, *, backend: str) -> None:
+    """Write versions and the fused kernels in use as JSON, beside the run's settings."""
+    text = json.dumps(environment(world.device, backend), indent=2)
+    write_text_atomically(path, text + "\n")
 
 
 def _check_equal(tensor: torch.Tensor, group: dist.ProcessGroup, what: str) -> None:

@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_jam.parallel.context import context_share
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 
@@ -87,7 +88,11 @@ class ForwardBackward:
         return self._collect(reported)
 
     def _forward(self, batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, object]:
-        batch = {name: value.to(self._world.device) for name, value in next(batches).items()}
+        context = self._world.context
+        batch = {
+            name: context_share(value, context.rank, context.size).to(self._world.device)
+            for name, value in next(batches).items()
+        }
         documents = batch.get("documents")
         names = ("tokens", "positions", "labels", "loss_mask")
         output = chunk(*(batch[name] for name in names), documents)
@@ -111,7 +116,7 @@ class ForwardBackward:
         for entry in reported:
             total += entry["report"]
         if world.pipeline.is_last:
-            dist.all_reduce(total, group=world.data.group)
+            dist.all_reduce(total, group=world.replicas.group)
         world.broadcast_from_last_stage(total)
         return Losses(sums=total[0].cpu(), counts=total[1].cpu())
 

@@ -95,7 +95,7 @@ def gather_whole(
     for entry in table:
         stage = stage_of[entry.name]
         whole = None
-        if world.data.is_first and world.pipeline.rank == stage:
+        if world.replicas.is_first and world.pipeline.rank == stage:
             whole = _join_slices(entry, local[entry.name], world)
         yield entry.name, _send_to_first(entry, whole, stage, world, dtype)
 
@@ -122,7 +122,7 @@ def _send_to_first(
     entry: Parameter, whole: Tensor | None, stage: int, world: World, dtype: torch.dtype
 ) -> Tensor | None:
     """Move a whole tensor from the first tensor rank of `stage` to global rank 0."""
-    if not (world.data.is_first and world.tensor.is_first):
+    if not (world.replicas.is_first and world.tensor.is_first):
         return None
     if stage == 0:
         return whole if world.pipeline.is_first else None

@@ -26,6 +26,8 @@ SETTINGS: dict[str, Any] = {
     "parallel": {"tensor": 2, "sequence": True},
     "optimizer": {"learning_rate": 1.0e-4, "warmup_steps": 10},
 }
+CONTEXT = {"backend": "transformer_engine", "parallel": {"context": 2}}
+FP8 = {"backend": "transformer_engine", "fp8": "mxfp8"}
 
 
 def file_of(folder: Path, **changes: Any) -> str:
@@ -103,6 +105,21 @@ def test_saved_settings_load_again(tmp_path: Path) -> None:
         ({"context_length": 63}, "a context_length that parallel.tensor 2 divides, not 63"),
         ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate is -1.0"),
         ({"data": {"sets": []}}, "data.sets needs one or more sets"),
+        ({"backend": "apex"}, '"backend": Expected .*transformer_engine.* Got value: apex'),
+        ({"parallel": {"context": 2}}, "parallel.context is 2, but .*; set it to 1"),
+        ({**CONTEXT, "context_length": 62}, "parallel.context 2 needs .* that 4 divides, not 62"),
+        (
+            {**CONTEXT, "parallel": {"context": 2, "tensor": 3, "sequence": True}},
+            "parallel.tensor 3 divides within a rank of parallel.context, not 64",
+        ),
+        (
+            {**CONTEXT, "data": {"sets": SETS, "isolate_documents": True}},
+            "data.isolate_documents and parallel.context cannot go together",
+        ),
+        ({"fp8": "delayed"}, "fp8 delayed needs backend transformer_engine and precision bf16"),
+        ({**FP8, "precision": "fp32"}, "fp8 mxfp8 needs .* and precision bf16"),
+        ({**FP8, "context_length": 40, "parallel": {}}, "to be a multiple of 32, not 40"),
+        ({**FP8, "context_length": 32}, "to be a multiple of 32, not 16"),
     ],
 )
 def test_mistakes_are_one_line_that_names_them(
@@ -128,6 +145,21 @@ def test_replicas_are_the_ranks_that_are_left() -> None:
     assert [parallel.data(n) for n in (4, 8, 256)] == [1, 2, 64]
     with pytest.raises(UsageError, match=r"2 x parallel.pipeline 2 does not divide the 6 ranks"):
         parallel.data(6)
+    shared = ParallelConfig(tensor=2, context=2)
+    assert [shared.data(n) for n in (4, 8)] == [1, 2]
+    with pytest.raises(UsageError, match=r"x parallel.context 2 does not divide the 6 ranks"):
+        shared.data(6)
+
+
+def test_transformer_engine_takes_shared_sequences_and_fp8(tmp_path: Path) -> None:
+    parallel = {"context": 2, "tensor": 2, "sequence": True}
+    path = file_of(tmp_path, **FP8, parallel=parallel, context_length=128)
+    config = load_run_config(["--config", path])
+    assert (config.backend, config.fp8, config.parallel.context) == (
+        "transformer_engine",
+        "mxfp8",
+        2,
+    )
 
 
 def test_micro_batches_of_a_step(tmp_path: Path) -> None:

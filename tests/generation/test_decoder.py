@@ -205,7 +205,8 @@ def test_the_model_is_left_without_a_cache(folders: dict[str, Path], world: Worl
     decoder = Decoder(model, world, VOCABULARY, tokens_per_image=TOKENS_PER_IMAGE)
     assert decoder.generate([], SETTINGS) == []
     decoder.generate(prompts()[:1], SETTINGS)
-    model.embedding.positions = torch.nn.Embedding(2, 32)  # so that the prefill fails
+    # So that the prefill fails.
+    model.embedding.tables["main"].positions = torch.nn.Embedding(2, 32)
     with pytest.raises(IndexError):
         Streams(model, world, [Row(RULES, prompts()[2], index=0)], RULES, guided=False)
     attentions = [m for m in model.modules() if isinstance(m, CausalAttention)]

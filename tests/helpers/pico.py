@@ -53,12 +53,14 @@ def pico_config(kind: str = "cross", *, num_layers: int = 4, **tower: object) ->
     )
 
 
-def pico_tensors(config: ModelConfig, *, seed: int = 0) -> dict[str, torch.Tensor]:
+def pico_tensors(
+    config: ModelConfig, *, seed: int = 0, scale: float = 0.2
+) -> dict[str, torch.Tensor]:
     """Random float64 tensors in which no branch is zero."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for entry in parameter_table(config):
-        value = torch.randn(entry.shape, generator=generator, dtype=torch.float64) * 0.2
+        value = torch.randn(entry.shape, generator=generator, dtype=torch.float64) * scale
         tensors[entry.name] = value + 1 if entry.start == "one" else value
     return tensors
 
@@ -74,11 +76,16 @@ def pico_source(root: Path) -> Path:
 
 
 def pico_folder(
-    path: Path, config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64
+    path: Path,
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    scale: float = 0.2,
 ) -> Path:
     """A weights folder of `config` with `pico_tensors`."""
     source = pico_source(path.parent)
-    tensors = pico_tensors(config, seed=seed)
+    tensors = pico_tensors(config, seed=seed, scale=scale)
     shapes = {entry.name: entry.shape for entry in parameter_table(config)}
     with FolderWriter(path, config=config, source=source, shapes=shapes, dtype=dtype) as writer:
         for name in shapes:

@@ -43,18 +43,21 @@ class WorkerPool:
     def _grow(self, ranks: int) -> None:
         """Start workers up to `ranks`: each takes seconds and memory, and few tests need all."""
         assert ranks <= MAX_WORKERS, f"{ranks} ranks; the pool has {MAX_WORKERS} at most"
-        for rank in range(len(self._processes), ranks):
+        started = len(self._processes)
+        for rank in range(started, ranks):
             mine, theirs = self._context.Pipe()
             process = self._context.Process(target=_work, args=(theirs, self._store, rank))
             process.start()
             self._pipes.append(mine)
             self._processes.append(process)
+        for pipe in self._pipes[started:]:
+            pipe.recv()  # importing torch and Megatron takes seconds, on a busy machine minutes
 
     def run(
         self, function: Callable[..., Any], parallel: ParallelConfig, *args: Any, data: int = 1
     ) -> list[Any]:
-        """Call `function(world, *args)` on tensor x pipeline x `data` ranks."""
-        ranks = parallel.tensor * parallel.pipeline * data
+        """Call `function(world, *args)` on tensor x pipeline x context x `data` ranks."""
+        ranks = parallel.tensor * parallel.pipeline * parallel.context * data
         self._grow(ranks)
         prefix = f"run{next(self._runs)}"
         for pipe in self._pipes[:ranks]:
@@ -84,6 +87,7 @@ def _work(pipe: Connection, store_path: str, rank: int) -> None:
     logger.setLevel("ERROR")
     torch.set_num_threads(1)
     device = select_device()
+    pipe.send("ready")
     while (job := pipe.recv()) is not None:
         function, parallel, args, ranks, prefix = job
         try:

@@ -54,10 +54,11 @@ def loss_and_gradients(
     dtype: torch.dtype,
     recompute: str = "none",
     micro: int = 1,
+    **settings: Any,
 ) -> tuple[float, dict[str, Tensor]] | None:
-    """Mean loss and every whole gradient, on rank 0."""
+    """Mean loss and every whole gradient, on rank 0; `settings` are JamModel's."""
     folder = WeightsFolder(path)
-    chunks = build(folder, world, dtype, recompute=recompute)
+    chunks = build(folder, world, dtype, recompute=recompute, **settings)
     wrapped = wrap_chunks(chunks, world, distributed_optimizer=False)
     losses = ForwardBackward(wrapped, world, folder.vocabulary)(split_batch(batch, world, micro))
     local: dict[str, Tensor] = {}
@@ -78,11 +79,14 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 @torch.no_grad()
-def whole_logits(world: World, path: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits [B, S, V] of tokens [B, S], on one rank."""
+def whole_logits(
+    world: World, path: Path, tokens: Tensor, dtype: torch.dtype, **settings: Any
+) -> Tensor:
+    """Logits [B, S, V] of tokens [B, S], on one rank; `settings` are JamModel's."""
     folder = WeightsFolder(path)
-    (model,) = build(folder, world, dtype)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    (model,) = build(folder, world, dtype, **settings)
+    tokens = tokens.to(world.device)
+    positions = torch.arange(tokens.shape[1], device=world.device).expand_as(tokens)
     return model(tokens, positions).transpose(0, 1)
 
 

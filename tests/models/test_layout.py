@@ -5,7 +5,6 @@ import pytest
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.models.jam import check_layout
-from megatron_jam.models.stages import stage_layers
 from tests.helpers.pico import LLAMA, pico_config
 
 
@@ -20,8 +19,3 @@ from tests.helpers.pico import LLAMA, pico_config
 def test_tensor_degree_must_divide(settings: dict, tensor: int, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         check_layout(pico_config("tower", **settings), ParallelConfig(tensor=tensor))
-
-
-def test_stages_need_layers() -> None:
-    with pytest.raises(UsageError, match="needs at least 8 layers; the model has 4"):
-        stage_layers(4, stages=4, interleave=2, stage=0, chunk=0)

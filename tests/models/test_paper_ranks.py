@@ -1,47 +1,21 @@
 """Any of 256 ranks of the paper's models, built without memory: their shares make the whole."""
 
-import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_jam.config.model import BridgeConfig, ModelConfig, TowerConfig
+from megatron_jam.config.files import read_settings
+from megatron_jam.config.model import ModelConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.models.jam import JamModel
 from megatron_jam.models.sharding import holders, span
-from megatron_jam.parallel.world import World, build_world, stop_world
+from megatron_jam.parallel.world import World
+from tests.examples.test_configs import CONFIGS, PAPER_COUNTS
+from tests.helpers.fake import ranks_of_one_replica
 
 LAYOUT = ParallelConfig(tensor=8, pipeline=4, sequence=True)
-RANKS, REPLICAS = 256, 8
-TOWER = {"num_layers": 32, "hidden_size": 4096, "num_heads": 32}
-WIDE = {"num_layers": 32, "hidden_size": 8192, "num_heads": 64}
-PAIR = {"image": TOWER, "text": TOWER}
-MODELS = {
-    "tower": ({"main": TOWER}, 0, 6_729_801_728),
-    "width": ({"main": WIDE}, 0, 26_344_505_344),
-    "cross, no bridges": (PAIR, 0, 13_205_807_104),
-    "cross, every layer": (PAIR, 1, 26_090_708_992),
-    "cross, every 2": (PAIR, 2, 19_648_258_048),
-    "cross, every 4": (PAIR, 4, 16_427_032_576),
-}
-
-
-def ranks_of_one_replica() -> Iterator[World]:
-    """The worlds that its 32 ranks see, one after the other, on torch's fake process group."""
-    for stage in range(LAYOUT.pipeline):
-        for place in range(LAYOUT.tensor):
-            rank = place + LAYOUT.tensor * REPLICAS * stage
-            dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
-            try:
-                world = build_world(LAYOUT, torch.device("cpu"))
-                assert (world.tensor.rank, world.pipeline.rank) == (place, stage)
-                yield dataclasses.replace(world, device=torch.device("meta"))
-            finally:
-                stop_world()
+RANKS = 256
 
 
 def local_size(model: JamModel, world: World) -> int:
@@ -59,18 +33,12 @@ def local_size(model: JamModel, world: World) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PAPER_COUNTS)
 def test_one_replica_holds_the_exact_count(name: str) -> None:
-    towers, every, count = MODELS[name]
-    config = ModelConfig(
-        towers={name: TowerConfig(**settings) for name, settings in towers.items()},
-        vocab_size=66_056,
-        max_positions=4_096,
-        bridges=BridgeConfig(every=every),
-    )
+    config = ModelConfig.from_dict(read_settings(CONFIGS / f"{name}.yaml"))
     sizes = []
-    for world in ranks_of_one_replica():
+    for world in ranks_of_one_replica(LAYOUT, RANKS):
         model = JamModel(config, world, dtype=torch.bfloat16)
         sizes.append(local_size(model, world))
     assert len(sizes) == LAYOUT.tensor * LAYOUT.pipeline
-    assert sum(sizes) == count
+    assert sum(sizes) == PAPER_COUNTS[name]

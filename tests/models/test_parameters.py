@@ -93,7 +93,7 @@ def test_ranks_hold_every_weight_once(
     ranks = pool.run(parameter_shapes, parallel, config)
     assert len(ranks) == num_ranks
     split = {entry.module: entry.split for entry in parameter_table(config)}
-    output = f"{COPIES}weight"
+    output = f"{COPIES}main"
     copies = [held.pop(output) for held in ranks if output in held]
     assert copies == [(161, 32)] * 2
     total = sum(

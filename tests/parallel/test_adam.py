@@ -35,7 +35,7 @@ def set_gradients(tensors: list[torch.nn.Parameter], step: int) -> None:
 def test_five_steps_are_torchs_bit_for_bit(dtype: torch.dtype) -> None:
     ours, theirs = parameters(dtype), parameters(dtype)
     mine = Adam(groups(ours), **SETTINGS)
-    reference = torch.optim.AdamW(groups(theirs), foreach=False, **SETTINGS)
+    reference = torch.optim.AdamW(groups(theirs), fused=True, **SETTINGS)
     for step in range(5):
         rate = 1e-2 / (step + 1)  # a schedule sets it from outside
         for optimizer, tensors in ((mine, ours), (reference, theirs)):

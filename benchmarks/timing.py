@@ -1,0 +1,60 @@
+"""Two programs that take turns in one process: the ratio of their times."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+Run = Callable[[], object]
+"""One call is what is timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A measured ratio."""
+
+    name: str
+    """What is compared with what."""
+
+    ratio: float
+    """Median of the pairs' ratios."""
+
+    spread: tuple[float, float]
+    """Smallest and largest ratio of a pair."""
+
+    def print(self, *, as_json: bool) -> None:
+        """Print a line."""
+        if as_json:
+            print(json.dumps(asdict(self)))
+        else:
+            low, high = self.spread
+            print(f"{self.name}: {self.ratio:.2f} ({low:.2f} to {high:.2f})", flush=True)
+
+
+def speed_over(name: str, ours: Run, peer: Run, *, pairs: int) -> Row:
+    """How often as fast `ours` is as `peer`: peer's seconds over ours, pair by pair.
+
+    Which of the two begins changes from pair to pair; two pairs before them warm up.
+    """
+    ratios = []
+    for number in range(pairs + 2):
+        if number % 2:
+            mine, theirs = seconds(ours), seconds(peer)
+        else:
+            theirs, mine = seconds(peer), seconds(ours)
+        ratios.append(theirs / mine)
+    return row(name, ratios[2:])
+
+
+def row(name: str, ratios: list[float]) -> Row:
+    """Median and range of `ratios`."""
+    spread = round(min(ratios), 3), round(max(ratios), 3)
+    return Row(name=name, ratio=round(statistics.median(ratios), 3), spread=spread)
+
+
+def seconds(run: Run) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

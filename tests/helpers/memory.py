@@ -1,0 +1,71 @@
+"""The memory that a training step takes on a CPU, by the profiler's record of the allocator."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_jam.config.model import ModelConfig
+from megatron_jam.models.jam import JamModel
+from megatron_jam.parallel.world import World
+from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.training.optimizer import wrap_chunks
+from megatron_jam.training.step import ForwardBackward
+from tests.helpers.runs import random_batch
+
+
+def peak_of_step(
+    world: World,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    recompute: str,
+    shape: tuple[int, int],
+    num_micro_batches: int = 1,
+) -> int:
+    """Bytes at the peak of forward and backward passes, weights and summed gradients left out.
+
+    Args:
+        world: the ranks.
+        config: a model whose vocabulary has 16 image codes and 4 sentinels.
+        dtype: of weights and activations.
+        recompute: none, selective or full.
+        shape: samples of a micro-batch, and tokens of each.
+        num_micro_batches: of this rank.
+    """
+    chunks = [
+        JamModel(config, world, dtype=dtype, recompute=recompute, chunk=i)
+        for i in range(world.parallel.interleave)
+    ]
+    with torch.no_grad():
+        for parameter in (p for chunk in chunks for p in chunk.parameters()):
+            parameter.normal_(0, 0.02)
+    vocabulary = vocabulary_of(config)
+    wrapped = wrap_chunks(chunks, world, distributed_optimizer=False)
+    step = ForwardBackward(wrapped, world, vocabulary)
+    samples, length = shape
+    batch = random_batch(config.vocab_size, samples=samples, length=length)
+    step([batch] * num_micro_batches)  # what is made once and kept is there now
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step([batch] * num_micro_batches)
+    roots = record.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
+    return max(node.extra_fields.total_allocated for node in _nodes(roots) if _is_allocation(node))
+
+
+def vocabulary_of(config: ModelConfig) -> JointVocabulary:
+    """A vocabulary of the size that `config` says."""
+    small = JointVocabulary.build(text_size=300, num_image_codes=16, num_sentinels=4)
+    text_size = 300 + config.vocab_size - small.size
+    return JointVocabulary.build(text_size=text_size, num_image_codes=16, num_sentinels=4)
+
+
+def _nodes(nodes: list[Any]) -> Iterator[Any]:
+    for node in nodes:
+        yield node
+        yield from _nodes(node.children)
+
+
+def _is_allocation(node: Any) -> bool:
+    return node.name == "[memory]"

@@ -1,0 +1,218 @@
+"""Show what a model takes on the ranks of a layout: a table of its pipeline stages."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from json import dumps, loads
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_jam.config.cli import run_command
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import read_settings
+from megatron_jam.config.model import ModelConfig
+from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.models.parameters import num_parameters
+from megatron_jam.planning.flops import model_flops, stage_flops
+from megatron_jam.planning.memory import plan
+from megatron_jam.weights.folder import CONFIG
+
+UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+COLUMNS = [
+    *("stage", "layers", "bridges", "parameters", "compute", "in flight", "weights", "gradients"),
+    *("optimizer", "none", "selective", "full", "total"),
+]
+NOTES = """
+bridges: each way counts; parameters: of the stage, a tied table where it is first used
+compute: the stage's share of the FLOPs; in flight: forward passes that wait for their backward
+bytes: on each rank of the stage, as a CPU would hold them; bf16 attention takes less on a GPU"""
+
+
+def main(
+    config: Path,
+    *,
+    vocab_size: int = 0,
+    parallel: ParallelConfig = ParallelConfig(),
+    replicas: int = 1,
+    micro_batch_size: int = 1,
+    global_batch_size: int = 0,
+    context_length: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    recompute: Literal["none", "selective", "full"] = "none",
+    json: bool = False,
+) -> None:
+    """Print a model's exact number of parameters and what a rank of each pipeline stage holds.
+
+    All of it is computed from the settings: nothing is built, so any model fits.
+
+    Args:
+        config: a model's YAML or JSON, or a weights folder.
+        vocab_size: token ids, for a YAML that leaves them to the tokenizer.
+        parallel: layout.
+        replicas: data-parallel replicas.
+        micro_batch_size: samples that a rank computes at once.
+        global_batch_size: samples of a step; 0 takes two micro-batches for each stage.
+        context_length: tokens of a sample; 0 takes the model's max_positions.
+        precision: of weights and activations.
+        recompute: whose activations the total counts.
+        json: print one JSON object, in bytes, in place of the table.
+    """
+    for name, value in (("replicas", replicas), ("micro_batch_size", micro_batch_size)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}; it must be at least 1")
+    model = read_model(config, vocab_size)
+    length = context_length or model.max_positions
+    if not 1 <= length <= model.max_positions:
+        raise UsageError(f"context_length is {length}; max_positions is {model.max_positions}")
+    at_once = micro_batch_size * replicas
+    samples = global_batch_size or 2 * parallel.pipeline * at_once
+    if samples < 1 or samples % at_once:
+        raise UsageError(
+            f"global_batch_size {samples} is not a multiple of micro_batch_size"
+            f" {micro_batch_size} x {replicas} replicas"
+        )
+    settings = {
+        "parallel": dataclasses.asdict(parallel),
+        "replicas": replicas,
+        "micro_batch_size": micro_batch_size,
+        "global_batch_size": samples,
+        "context_length": length,
+        "precision": precision,
+        "recompute": recompute,
+    }
+    layout = describe(model, parallel, settings)
+    sys.stdout.write((dumps(layout, indent=2) if json else as_text(layout)) + "\n")
+
+
+def describe(
+    model: ModelConfig, parallel: ParallelConfig, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """`settings`, what the whole model is, and for each stage what a rank of it holds, in bytes."""
+    length, replicas = settings["context_length"], settings["replicas"]
+    at_once = settings["micro_batch_size"] * replicas
+    stages = plan(
+        model,
+        parallel,
+        replicas=replicas,
+        micro_batch_size=settings["micro_batch_size"],
+        num_micro_batches=settings["global_batch_size"] // at_once,
+        context_length=length,
+        precision=settings["precision"],
+    )
+    whole = model_flops(model, context_length=length)
+    rows = []
+    for stage, flops in zip(
+        stages, stage_flops(model, parallel, context_length=length), strict=True
+    ):
+        row = dataclasses.asdict(stage)
+        row |= row.pop("state")
+        row["flops_share"] = flops.forward / whole.forward
+        row["total"] = stage.state.total + stage.activations[settings["recompute"]]
+        rows.append(row)
+    return {
+        "parameters": num_parameters(model),
+        "training_flops_per_token": whole.training,
+        "ranks": parallel.tensor * parallel.pipeline * parallel.context * replicas,
+        **settings,
+        "stages": rows,
+    }
+
+
+def read_model(path: Path, vocab_size: int) -> ModelConfig:
+    """The model in a YAML or JSON file or a weights folder."""
+    path = path / CONFIG if path.is_dir() else path
+    # JSON writes 1e-05, which YAML reads as text.
+    values = _read_json(path) if path.suffix == ".json" else read_settings(path)
+    if vocab_size:
+        values["vocab_size"] = vocab_size
+    if "towers" not in values:
+        raise UsageError(f"{path} describes no model: it has no `towers`")
+    if "vocab_size" not in values:
+        raise UsageError(f"{path} has no vocab_size: add --vocab_size, the tokenizer's ids")
+    return ModelConfig.from_dict(values)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no settings")
+    return values
+
+
+def as_text(layout: dict[str, Any]) -> str:
+    """The layout as lines to read."""
+    rows = [COLUMNS, *map(_row, layout["stages"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    first, last = COLUMNS.index("none"), COLUMNS.index("full")
+    over = sum(widths[first : last + 1]) + 2 * (last - first)
+    title = "activations by recompute".rjust(over)
+    return "\n".join(
+        [
+            f"{layout['parameters']:,} parameters,"
+            f" {layout['training_flops_per_token'] / 1e9:.3g} GFLOPs a token in training",
+            f"{layout['ranks']} rank(s): {_degrees(layout)}",
+            f"steps of {layout['global_batch_size']} x {layout['context_length']} tokens,"
+            f" {layout['micro_batch_size']} x {layout['context_length']} at once on a rank;"
+            f" {layout['precision']}",
+            "",
+            " " * (sum(widths[:first]) + 2 * first) + title,
+            *("  ".join(map(str.rjust, row, widths)) for row in rows),
+            NOTES,
+            f"total: all of these, with the activations of recompute {layout['recompute']}",
+        ]
+    )
+
+
+def _degrees(layout: dict[str, Any]) -> str:
+    parallel = layout["parallel"]
+    degrees = [("TP", "tensor"), ("PP", "pipeline"), ("CP", "context")]
+    text = " x ".join(f"{letters} {parallel[name]}" for letters, name in degrees)
+    text += f" x DP {layout['replicas']}"
+    if parallel["interleave"] > 1:
+        text += f", {parallel['interleave']} chunks of layers a stage"
+    return text + (", sequence parallel" if parallel["sequence"] else "")
+
+
+def _row(stage: dict[str, Any]) -> Sequence[str]:
+    activations = stage["activations"]
+    return [
+        str(stage["stage"]),
+        spans(stage["layers"]),
+        str(stage["bridges"]),
+        f"{stage['parameters']:,}",
+        f"{stage['flops_share']:.1%}",
+        str(stage["micro_batches"]),
+        *(size(stage[name]) for name in ("weights", "gradients", "optimizer")),
+        *(size(activations[name]) for name in ("none", "selective", "full")),
+        size(stage["total"]),
+    ]
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Whole numbers as runs: 0-3,8-11."""
+    runs = [
+        [number for _, number in run]
+        for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ]
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes with three digits and a unit of a thousand."""
+    unit = 0
+    while num_bytes >= 999.5 and unit < len(UNITS) - 1:
+        num_bytes, unit = num_bytes / 1000, unit + 1
+    return f"{num_bytes:.3g} {UNITS[unit]}"
+
+
+def run(words: Sequence[str]) -> None:
+    """Run the command with `words`; `--json` is one of its own, in place of `--json true`."""
+    run_command(main, ["--json=true" if word == "--json" else word for word in words])
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])
