@@ -73,7 +73,8 @@ class Table(nn.Module):
             return words if self.sequence_parallel else words.transpose(0, 1).contiguous()
         places = self.positions(positions + self.offset).transpose(0, 1)
         if not self.sequence_parallel:
-            return words.transpose(0, 1) + places
+            # A stage sends a tower's states as they lie in memory; the sum would leave them turned.
+            return (words.transpose(0, 1) + places).contiguous()
         places = places.contiguous()
         return words + tensor_parallel.scatter_to_sequence_parallel_region(places, group=self.group)
 

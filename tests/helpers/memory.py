@@ -51,7 +51,11 @@ def peak_of_step(
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step([batch] * num_micro_batches)
     roots = record.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
-    return max(node.extra_fields.total_allocated for node in _nodes(roots) if _is_allocation(node))
+    events = [node for node in _nodes(roots) if node.name == "[memory]"]
+    totals = [node.extra_fields.total_allocated for node in events]
+    # The count goes on from one record to the next, with what was freed between them.
+    first = min(events, key=lambda node: node.start_time_ns).extra_fields
+    return max(totals) - (first.total_allocated - first.alloc_size)
 
 
 def vocabulary_of(config: ModelConfig) -> JointVocabulary:
@@ -65,7 +69,3 @@ def _nodes(nodes: list[Any]) -> Iterator[Any]:
     for node in nodes:
         yield node
         yield from _nodes(node.children)
-
-
-def _is_allocation(node: Any) -> bool:
-    return node.name == "[memory]"

@@ -107,13 +107,14 @@ def test_balance_is_one_of_two(balance: object) -> None:
 def test_uneven_stages_agree_with_one_rank(
     pool: WorkerPool, kind: str, parallel: ParallelConfig, tmp_path: Path
 ) -> None:
-    """Five layers, which two stages and four chunks do not divide, in float64."""
+    """Five layers, which two stages and four chunks do not divide, in float64; micro-batches of two
+    samples, whose states must not lie sample by sample when they are sent."""
     config = FIVE if kind == "cross" else SMALL
     sizes = {len(layers) for layers in split(config, parallel)}
     assert len(sizes) > 1
     path = pico_folder(tmp_path / "model", config)
     run = (path, random_batch(config.vocab_size, samples=4, length=16), torch.float64)
     loss, gradients = pool.run(loss_and_gradients, ParallelConfig(), *run)[0]
-    other_loss, other_gradients = pool.run(loss_and_gradients, parallel, *run)[0]
+    other_loss, other_gradients = pool.run(loss_and_gradients, parallel, *run, "none", 2)[0]
     assert other_loss == pytest.approx(loss, rel=1e-12)
     assert distance(gradients, other_gradients) < 1e-7

@@ -75,6 +75,21 @@ def test_activations_are_those_measured(
     check(pool, model(kind, size), ParallelConfig(), precision, shape)
 
 
+LAYOUTS = {
+    "pp2": ("llama", ParallelConfig(pipeline=2), 4),
+    "pp2-cost": ("cm3leon", ParallelConfig(pipeline=2, balance="cost"), 3),
+    "tp2-sp": ("cross", ParallelConfig(tensor=2, sequence=True), 1),
+}
+"""Model, layout, micro-batches."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_activations_of_stages_and_shares_are_those_measured(pool: WorkerPool, layout: str) -> None:
+    kind, parallel, num_micro_batches = LAYOUTS[layout]
+    shape = (SIZES["wide"]["samples"], SIZES["wide"]["length"])
+    check(pool, model(kind, "wide"), parallel, "bf16", shape, num_micro_batches)
+
+
 RANKS = [
     ParallelConfig(tensor=2, pipeline=2, balance="cost"),
     ParallelConfig(tensor=4, pipeline=2, interleave=2, sequence=True),
