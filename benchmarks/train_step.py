@@ -1,7 +1,8 @@
 """A training step of a tower over those of Megatron-Core and transformers, and of JAM-Cross over
 what its FLOPs make of a tower's.
 
-Width 512, 4 layers, ReLU, biases, fp32; forward, backward and AdamW, in turns in one process on one thread.
+Width 512, 4 layers, ReLU, biases, fp32; forward, backward and AdamW, in turns in one process on
+one thread.
 """
 
 import torch

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,9 +47,24 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = 
 def parse(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
     """Parse with `parser`; a wrong argument is a :class:`UsageError` of one line."""
     try:
-        return parser.parse_args(arguments)
+        return parser.parse_args(_spelt_out(parser, arguments))
     except ArgumentError as error:
         raise UsageError(f"{_one_line(error)} (see --help)") from error
+
+
+def _spelt_out(parser: ArgumentParser, arguments: Sequence[str] | None) -> list[str]:
+    """`--json` by itself is `--json true`, and so for every option of type bool."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    flags = {
+        name
+        for action in parser._actions
+        if getattr(action, "_typehint", None) is bool
+        for name in action.option_strings
+    }
+    spelt: list[str] = []
+    for each, following in zip_longest(given, given[1:], fillvalue="--"):
+        spelt += [each, "true"] if each in flags and following.startswith("--") else [each]
+    return spelt
 
 
 class one_line_errors:

@@ -148,7 +148,8 @@ def plan(
                 distributed_optimizer=distributed_optimizer,
             ),
             activations={
-                recompute: _stage_activations(
+                recompute: _under_way(model, parallel, sizes)
+                + _stage_activations(
                     [chunk_activations(model, sizes, each, recompute) for each in chunks],
                     in_flight(parallel, stage, num_micro_batches),
                 )
@@ -164,6 +165,12 @@ def stage_chunks(model: ModelConfig, parallel: ParallelConfig, stage: int) -> li
     """Layers of each chunk of a stage."""
     numbers = range(parallel.interleave)
     return [stage_layers(model, parallel, stage=stage, chunk=number) for number in numbers]
+
+
+def _under_way(model: ModelConfig, parallel: ParallelConfig, sizes: Sizes) -> int:
+    """Bytes of states and their gradients, sent and received ahead of their use: the interleaved
+    schedule exchanges them while it computes."""
+    return 4 * sizes.states(model.joint_size) if parallel.interleave > 1 else 0
 
 
 def _stage_activations(chunks: list[Activations], waiting: Iterable[list[int]]) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_jam.config.cli import one_line_errors
+from megatron_jam.config.cli import one_line_errors, run_command
 from megatron_jam.config.errors import UsageError
 
 
@@ -43,3 +43,34 @@ def test_one_rank_of_a_machine_speaks(
 def test_bugs_keep_their_traceback(error: Exception) -> None:
     with pytest.raises(type(error)), one_line_errors():
         raise error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "result"),
+    [
+        (["a"], ("a", False, 1)),
+        (["a", "--json"], ("a", True, 1)),
+        (["--json", "--pairs", "3", "a"], ("a", True, 3)),
+        (["a", "--json", "--pairs=3"], ("a", True, 3)),
+        (["a", "--json=false"], ("a", False, 1)),
+        (["--json", "true", "a"], ("a", True, 1)),
+    ],
+)
+def test_a_flag_by_itself_is_true(arguments: list[str], result: tuple[str, bool, int]) -> None:
+    seen = []
+
+    def command(path: str, *, json: bool = False, pairs: int = 1) -> None:
+        """A command."""
+        seen.append((path, json, pairs))
+
+    run_command(command, arguments)
+    assert seen == [result]
+
+
+def test_other_options_want_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    def command(*, pairs: int = 1) -> None:
+        """A command."""
+
+    with pytest.raises(SystemExit):
+        run_command(command, ["--pairs"])
+    assert "pairs" in capsys.readouterr().err

@@ -51,11 +51,29 @@ def peak_of_step(
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step([batch] * num_micro_batches)
     roots = record.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
-    events = [node for node in _nodes(roots) if node.name == "[memory]"]
-    totals = [node.extra_fields.total_allocated for node in events]
-    # The count goes on from one record to the next, with what was freed between them.
-    first = min(events, key=lambda node: node.start_time_ns).extra_fields
-    return max(totals) - (first.total_allocated - first.alloc_size)
+    events = sorted(
+        (node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size)
+        for node in _nodes(roots)
+        if node.name == "[memory]"
+    )
+    return _most_at_once([(place, size) for _, place, size in events])
+
+
+def _most_at_once(events: list[tuple[int, int]]) -> int:
+    """Most bytes held, from (address, bytes) of each allocation and, negative, of each release.
+
+    The allocator's own count runs on with what a thread that the profiler does not see releases, as
+    gloo's do; an address that is given out again was released.
+    """
+    live: dict[int, int] = {}
+    total = most = 0
+    for place, size in events:
+        total -= live.pop(place, 0)
+        if size > 0:
+            live[place] = size
+            total += size
+        most = max(most, total)
+    return most
 
 
 def vocabulary_of(config: ModelConfig) -> JointVocabulary:

@@ -6,6 +6,7 @@ Megatron's groups are not freed by its own destroy function alone.
 
 import atexit
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -97,6 +98,8 @@ def _work(pipe: Connection, store_path: str, rank: int) -> None:
         except Exception:
             pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
         finally:
+            # Models that wait for the collector hold their groups, with the groups' threads.
+            gc.collect()
             stop_world()
     os._exit(0)  # taking an interpreter with torch and Megatron down takes seconds
 

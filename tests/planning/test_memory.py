@@ -76,18 +76,19 @@ def test_activations_are_those_measured(
 
 
 LAYOUTS = {
-    "pp2": ("llama", ParallelConfig(pipeline=2), 4),
-    "pp2-cost": ("cm3leon", ParallelConfig(pipeline=2, balance="cost"), 3),
-    "tp2-sp": ("cross", ParallelConfig(tensor=2, sequence=True), 1),
+    "pp2": ("llama", "wide", ParallelConfig(pipeline=2), 4),
+    "pp2-cost": ("cm3leon", "wide", ParallelConfig(pipeline=2, balance="cost"), 3),
+    "pp2-interleaved": ("cross", "long", ParallelConfig(pipeline=2, interleave=2), 4),
+    "tp2-sp": ("cross", "wide", ParallelConfig(tensor=2, sequence=True), 1),
 }
-"""Model, layout, micro-batches."""
+"""Model, its size, layout, micro-batches."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_activations_of_stages_and_shares_are_those_measured(pool: WorkerPool, layout: str) -> None:
-    kind, parallel, num_micro_batches = LAYOUTS[layout]
-    shape = (SIZES["wide"]["samples"], SIZES["wide"]["length"])
-    check(pool, model(kind, "wide"), parallel, "bf16", shape, num_micro_batches)
+    kind, size, parallel, num_micro_batches = LAYOUTS[layout]
+    shape = (SIZES[size]["samples"], SIZES[size]["length"])
+    check(pool, model(kind, size), parallel, "bf16", shape, num_micro_batches)
 
 
 RANKS = [
