@@ -209,10 +209,5 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} {UNITS[unit]}"
 
 
-def run(words: Sequence[str]) -> None:
-    """Run the command with `words`; `--json` is one of its own, in place of `--json true`."""
-    run_command(main, ["--json=true" if word == "--json" else word for word in words])
-
-
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run_command(main)

@@ -48,6 +48,7 @@ def linear_cross_entropy(
     *,
     num_real: int,
     group: dist.ProcessGroup,
+    at_once: int = LOGITS_AT_ONCE,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each label.
 
@@ -60,13 +61,15 @@ def linear_cross_entropy(
         mask: float [T]; weight of each token in the sum.
         num_real: rows of this rank that are no padding.
         group: the tensor-parallel ranks.
+        at_once: how many logits exist at a time, the same on every rank.
 
     Returns:
         Nats in fp32 (float64 for float64 states): the weighted sum, a scalar that alone carries a
         gradient, and each token's [T].
     """
     wanted = [torch.is_grad_enabled() and each.requires_grad for each in (*hidden, *tables)]
-    settings = (readings, num_real, group, len(hidden), wanted)
+    num_tokens = max(1, at_once // len(tables[0]))
+    settings = (readings, num_real, group, num_tokens, len(hidden), wanted)
     return _LinearCrossEntropy.apply(labels, mask, settings, *hidden, *tables)
 
 
@@ -75,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, labels: Tensor, mask: Tensor, settings: tuple, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        readings, num_real, group, num_hidden, wanted = settings
+        readings, num_real, group, num_tokens, num_hidden, wanted = settings
         hidden, tables = tensors[:num_hidden], tensors[num_hidden:]
         exact = torch.promote_types(hidden[0].dtype, torch.float32)
         # With several tables or states a rank's readings leave parts of them out.
@@ -86,9 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ]
         losses = hidden[0].new_empty(len(labels), dtype=exact)
         mask = mask.to(exact)
-        at_once = max(1, LOGITS_AT_ONCE // len(tables[0]))
-        for first in range(0, len(labels), at_once):
-            some = slice(first, first + at_once)
+        for first in range(0, len(labels), num_tokens):
+            some = slice(first, first + num_tokens)
             rows = [each[some] for each in hidden]
             parts = [each.logits(rows, tables) for each in readings]
             logits = (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(exact)

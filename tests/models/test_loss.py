@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.models import loss as module
 from megatron_jam.models.embedding import num_real_rows, padded_vocabulary
 from megatron_jam.models.loss import Reading, linear_cross_entropy
 from megatron_jam.parallel.world import World
@@ -48,7 +47,6 @@ def split(
     world: World, vocabulary: int, dtype: torch.dtype, at_once: int
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Sum, each token's loss, and this rank's gradients; padding holds large rows."""
-    module.LOGITS_AT_ONCE = at_once
     states, tables, labels, mask = material(vocabulary, dtype)
     rows = padded_vocabulary(vocabulary, world.tensor.size)
     local = rows // world.tensor.size
@@ -72,6 +70,7 @@ def split(
         mask,
         num_real=num_real_rows(vocabulary, world),
         group=world.groups.tp,
+        at_once=at_once,
     )
     assert not losses.requires_grad
     gradients = torch.autograd.grad(2 * total, tensors)
@@ -84,6 +83,7 @@ def split(
             mask,
             num_real=num_real_rows(vocabulary, world),
             group=world.groups.tp,
+            at_once=at_once,
         )
     assert torch.equal(alone[1], losses)
     return total.detach(), losses, list(gradients)

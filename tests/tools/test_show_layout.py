@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_jam.config.cli import run_command
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.planning.memory import plan
 from tests.helpers.pico import pico_config
 from tests.tools.test_cli import ROOT, fails, tool
-from tools.show_layout import run, size, spans
+from tools.show_layout import main, size, spans
 
 TOWER = str(ROOT / "examples/configs/tower.yaml")
 LAYOUT = ("--parallel.tensor", "8", "--parallel.pipeline", "4", "--parallel.balance", "cost")
@@ -45,9 +46,9 @@ def test_json_is_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     config.save(tmp_path / "config.json")
     layout = ("--parallel.pipeline", "2", "--context_length", "32", "--global_batch_size", "6")
     settings = (*layout, "--micro_batch_size", "2", "--recompute", "full", "--json")
-    run([str(tmp_path), *settings])
+    run_command(main, [str(tmp_path), *settings])
     text = capsys.readouterr().out
-    run([f"{tmp_path}/config.json", *settings])
+    run_command(main, [f"{tmp_path}/config.json", *settings])
     assert capsys.readouterr().out == text
     shown = json.loads(text)
     stages = plan(
@@ -95,7 +96,7 @@ def test_mistakes_end_in_one_line(
 ) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as left:
-        run(arguments)
+        run_command(main, arguments)
     out, told = capsys.readouterr()
     fails(subprocess.CompletedProcess(arguments, left.value.code, out, told), message)
 
