@@ -93,7 +93,8 @@ def run_training(world: World, values: dict[str, Any], wants_moments: bool = Fal
 
     training = Training(config, folder, world, validate)
     training.run()
-    check_replicas(training.chunks, world)  # copies of a weight have learnt the same
+    if config.dropout:
+        check_replicas(training.chunks, world)  # copies of a weight have learnt the same
     return moments(training, world) if wants_moments else None
 
 

@@ -45,6 +45,9 @@ SAMPLES, LENGTH = 4, 16
 EVERYWHERE = ["width", "cross", "unequal"]
 """Models for every layout."""
 
+QUICK = ["tp4", "pp2-interleaved", "tp2-pp2-dp2-sp-recompute"]
+"""Layouts for a JAM-Width, which is a tower as others are, in the fast tests."""
+
 PER_TOWER = {"tables": "per_tower", "text_ids": [0, 300]}
 WIDE = {"head": "wide", "text_ids": [0, 300]}
 
@@ -141,7 +144,15 @@ def test_gradients_reach_every_parameter(kind: str, single: dict) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [(kind, layout) for kind in EVERYWHERE for layout in LAYOUTS]
+    [
+        pytest.param(
+            kind,
+            layout,
+            marks=[pytest.mark.slow] if kind == "width" and layout not in QUICK else [],
+        )
+        for kind in EVERYWHERE
+        for layout in LAYOUTS
+    ]
     + [(kind, COMBINED) for kind in configs() if kind not in EVERYWHERE],
 )
 def test_layouts_agree(
@@ -184,11 +195,11 @@ def test_single_precision_agrees(
     assert distance(base[1], other[1]) < 1e-5
 
 
-@pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "layout"),
-    [("cross", each) for each in ("tp2", "pp2", "dp2", "tp2-pp2-sp", "tp2-dp2", "pp2-dp2")]
-    + [("separate", "pp2-dp2"), ("unequal", "pp2-dp2")],
+    ("kind", "layout", "sharded"),
+    [("cross", each, True) for each in ("tp2", "pp2", "dp2", "tp2-pp2-sp", "tp2-dp2", "pp2-dp2")]
+    + [("cross", each, False) for each in ("tp2-pp2-sp", "pp2-dp2")]
+    + [("separate", "pp2-dp2", True), ("unequal", "pp2-dp2", True)],
 )
 def test_optimizer_steps_agree(
     pool: WorkerPool, kind: str, layout: str, sharded: bool, folders: dict[str, Path]

@@ -32,8 +32,15 @@ def run_fused(world: World, values: dict[str, Any]) -> None:
     with_stand_ins(world, run, values)
 
 
-@pytest.mark.parametrize("kind", ["weights", "chameleon"])
-@pytest.mark.parametrize("fused_first", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "fused_first"),
+    [
+        ("weights", True),
+        ("chameleon", False),
+        pytest.param("weights", False, marks=pytest.mark.slow),
+        pytest.param("chameleon", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_goes_on_with_the_other_backend(
     kind: str, fused_first: bool, material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:

@@ -41,7 +41,10 @@ def test_dropout_changes_training_alone(
     assert found[0.0][1] == found[0.3][1]
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2-sp", "tp2-pp2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["tp2-sp"] + [pytest.param(each, marks=pytest.mark.slow) for each in ("tp2", "tp2-pp2")],
+)
 def test_resumed_run_draws_the_same(
     layout: str, material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:

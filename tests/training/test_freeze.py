@@ -59,8 +59,14 @@ def test_frozen_weights_stay_and_others_learn(
 
 
 # With both towers frozen and one late bridge the first of two stages has nothing to train.
-@pytest.mark.parametrize(("kind", "frozen"), [("separate", ["text"]), ("late", ["image", "text"])])
-@pytest.mark.parametrize(("first", "second"), [("pp2", "pp2"), ("pp2-dp2", "tp2"), ("one", "pp2")])
+@pytest.mark.parametrize(
+    ("kind", "frozen", "first", "second"),
+    [
+        ("separate", ["text"], "pp2-dp2", "tp2"),
+        ("late", ["image", "text"], "pp2", "pp2"),
+        ("late", ["image", "text"], "one", "pp2"),
+    ],
+)
 def test_frozen_runs_resume_under_any_layout(
     first: str,
     second: str,

@@ -32,7 +32,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return run_material(tmp_path_factory.mktemp("resume"))
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "pp2", "dp2", "tp2-pp2"])
+@pytest.mark.parametrize(
+    "layout", ["one", pytest.param("tp2", marks=pytest.mark.slow), "pp2", "dp2", "tp2-pp2"]
+)
 def test_resumed_run_is_bit_exact(
     pool: WorkerPool, layout: str, material: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -52,8 +54,17 @@ def test_resumed_run_is_bit_exact(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("kind", ["weights", "chameleon"])
-@pytest.mark.parametrize(("first", "second"), [("one", "tp2"), ("tp2", "one"), ("dp2", "tp2-pp2")])
+@pytest.mark.parametrize(
+    ("first", "second", "kind"),
+    [
+        ("one", "tp2", "chameleon"),
+        ("tp2", "one", "weights"),
+        ("dp2", "tp2-pp2", "chameleon"),
+        pytest.param("one", "tp2", "weights", marks=pytest.mark.slow),
+        pytest.param("tp2", "one", "chameleon", marks=pytest.mark.slow),
+        pytest.param("dp2", "tp2-pp2", "weights", marks=pytest.mark.slow),
+    ],
+)
 def test_resumes_under_another_layout(
     pool: WorkerPool,
     first: str,
