@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megatron_jam.config.data import Cm3Config, DataConfig, DataSetConfig
+from megatron_jam.config.model import BridgeConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.config.run import OptimizerConfig, RunConfig
 from megatron_jam.data.indexed import write_set
@@ -40,10 +41,13 @@ SEPARATE = pico_config("separate", affine_norm=True, activation="gelu", bias=Tru
 
 
 def run_material(root: Path) -> tuple[Path, Path]:
-    """JAM-Crosses in fp32 (weights, chameleon, separate) and a small set of random documents."""
+    """JAM-Crosses in fp32 (weights, chameleon, separate; late has its only bridge behind the last
+    layer) and a small set of random documents."""
     config = pico_config("cross", affine_norm=True, activation="gelu", bias=True)
     pico_folder(root / "chameleon", CHAMELEON, dtype=torch.float32)
     pico_folder(root / "separate", SEPARATE, dtype=torch.float32)
+    late = dataclasses.replace(SEPARATE, bridges=BridgeConfig(layers=[3]))
+    pico_folder(root / "late", late, dtype=torch.float32)
     weights = pico_folder(root / "weights", config, dtype=torch.float32)
     vocabulary = pico_vocabulary()
     rng = np.random.default_rng(0)

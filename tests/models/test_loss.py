@@ -1,6 +1,7 @@
 """Output rows with cross-entropy, split and in pieces, are torch's over all logits at once."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def split(
         if a < b
     ]
     tensors = [each.clone().requires_grad_() for each in (*states, *shares)]
-    total, losses = linear_cross_entropy(
+    loss = partial(
+        linear_cross_entropy,
         tensors[:2],
         tensors[2:],
         readings,
@@ -72,19 +74,11 @@ def split(
         group=world.groups.tp,
         at_once=at_once,
     )
+    total, losses = loss()
     assert not losses.requires_grad
     gradients = torch.autograd.grad(2 * total, tensors)
     with torch.no_grad():
-        alone = linear_cross_entropy(
-            tensors[:2],
-            tensors[2:],
-            readings,
-            labels,
-            mask,
-            num_real=num_real_rows(vocabulary, world),
-            group=world.groups.tp,
-            at_once=at_once,
-        )
+        alone = loss()
     assert torch.equal(alone[1], losses)
     return total.detach(), losses, list(gradients)
 

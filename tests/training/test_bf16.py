@@ -12,10 +12,7 @@ from megatron_jam.parallel.world import World
 from megatron_jam.training.loop import Training
 from megatron_jam.weights.folder import WeightsFolder
 from tests.helpers.pool import WorkerPool
-from tests.training import test_resume
-from tests.training.test_resume import LAYOUTS, losses, settings, tensors
-
-material = test_resume.material  # the fixture
+from tests.helpers.training import LAYOUTS, losses, settings, tensors
 
 
 def train(world: World, values: dict[str, Any]) -> set[tuple[torch.dtype, ...]]:

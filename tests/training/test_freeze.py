@@ -1,37 +1,23 @@
 """Frozen towers: what stays, what learns, and that such runs save, resume and change layout."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_jam.config.model import BridgeConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.models.parameters import parameter_table
 from megatron_jam.weights.folder import WeightsFolder
-from tests.helpers.pico import pico_folder
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import distance
 from tests.helpers.training import (
     LAYOUTS,
-    SEPARATE,
     losses,
-    run_material,
     run_training,
     settings,
     tensors,
 )
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """JAM-Crosses and a set; `late` has its only bridge behind the last layer."""
-    root = tmp_path_factory.mktemp("freeze")
-    late = dataclasses.replace(SEPARATE, bridges=BridgeConfig(layers=[3]))
-    pico_folder(root / "late", late, dtype=torch.float32)
-    return run_material(root)
 
 
 def choose(material: tuple[Path, Path], kind: str) -> tuple[Path, Path]:

@@ -19,17 +19,10 @@ from tests.helpers.runs import distance
 from tests.helpers.training import (
     LAYOUTS,
     losses,
-    run_material,
     run_training,
     settings,
     tensors,
 )
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A JAM-Cross and a set."""
-    return run_material(tmp_path_factory.mktemp("resume"))
 
 
 @pytest.mark.parametrize(
