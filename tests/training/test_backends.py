@@ -10,17 +10,11 @@ from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.parallel.world import World
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import distance
-from tests.helpers.training import losses, run_material, run_training, settings, tensors
+from tests.helpers.training import losses, run_training, settings, tensors
 from tests.helpers.transformer_engine import with_stand_ins
 
 ONE = ParallelConfig()
 SHARED = ParallelConfig(context=2)
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """JAM-Crosses and a set."""
-    return run_material(tmp_path_factory.mktemp("backends"))
 
 
 def run_fused(world: World, values: dict[str, Any]) -> None:
