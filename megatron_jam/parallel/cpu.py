@@ -9,6 +9,7 @@ two tensor methods named below, and on a machine with a GPU none of this runs bu
 import importlib
 import logging
 import pkgutil
+import queue
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -110,6 +111,7 @@ def prepare_megatron() -> None:
             module.torch = stand_in  # type: ignore[attr-defined]
     _patch_random_state()
     _patch_tensor_methods()
+    _patch_checkpoints()
 
 
 def _import_modules(package: str) -> None:
@@ -145,6 +147,14 @@ def _patch_tensor_methods() -> None:
 
     torch.Tensor.type = type_  # type: ignore[method-assign]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+
+
+def _patch_checkpoints() -> None:
+    """A save asks for its own results, through a server process that takes seconds to start on
+    every rank; nothing is saved in the background, so a queue within the process does."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._get_write_results_queue = queue.Queue
 
 
 def provide_adam(device: torch.device) -> None:

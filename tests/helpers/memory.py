@@ -1,6 +1,7 @@
 """The memory that a training step takes on a CPU, by the profiler's record of the allocator."""
 
 import gc
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,8 @@ def peak_of_step(
     shape: tuple[int, int],
     num_micro_batches: int = 1,
 ) -> int:
-    """Bytes at the peak of forward and backward passes, weights and summed gradients left out.
+    """Bytes at the peak of forward and backward passes, weights and summed gradients left out, and
+    what an operator works in.
 
     Args:
         world: the ranks.
@@ -52,11 +54,24 @@ def peak_of_step(
         step([batch] * num_micro_batches)
     roots = record.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
     events = sorted(
-        (node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size)
-        for node in _nodes(roots)
+        (node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size, operator)
+        for operator, node in _nodes(roots)
         if node.name == "[memory]"
     )
-    return _most_at_once([(place, size) for _, place, size in events])
+    return _most_at_once(_without_scratch([event[1:] for event in events]))
+
+
+def _without_scratch(events: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """(address, bytes) of the (address, bytes, number of the operator), less what one operator took
+    and gave back by itself: matrix products in bf16 do, on processors without instructions."""
+    taken: dict[int, int] = {}
+    scratch: set[int] = set()
+    for number, (place, size, operator) in enumerate(events):
+        if size > 0:
+            taken[place] = number
+        elif (start := taken.pop(place, None)) is not None and events[start][2] == operator:
+            scratch |= {start, number}
+    return [(place, size) for n, (place, size, _) in enumerate(events) if n not in scratch]
 
 
 def _most_at_once(events: list[tuple[int, int]]) -> int:
@@ -83,7 +98,12 @@ def vocabulary_of(config: ModelConfig) -> JointVocabulary:
     return JointVocabulary.build(text_size=text_size, num_image_codes=16, num_sentinels=4)
 
 
-def _nodes(nodes: list[Any]) -> Iterator[Any]:
-    for node in nodes:
-        yield node
-        yield from _nodes(node.children)
+def _nodes(roots: list[Any]) -> Iterator[tuple[int, Any]]:
+    """All nodes, each with its parent's number; what has no parent has a number of its own."""
+    numbers = itertools.count()
+    waiting = [(next(numbers), root) for root in roots]
+    while waiting:
+        parent, node = waiting.pop()
+        yield parent, node
+        number = next(numbers)
+        waiting += [(number, child) for child in node.children]

@@ -36,51 +36,64 @@ LAYOUTS = {
 }
 """Layout and replicas."""
 
-CHAMELEON = dataclasses.replace(pico_config("cross", **LLAMA, qk_norm=True), tied=False)
-SEPARATE = pico_config("separate", affine_norm=True, activation="gelu", bias=True)
+STEPS, HALF = 4, 2
+"""Steps of a run, and after how many some are stopped."""
+
+CHAMELEON = dataclasses.replace(
+    pico_config("cross", num_layers=2, **LLAMA, qk_norm=True), tied=False
+)
+PLAIN = {"num_layers": 2, "affine_norm": True, "activation": "gelu", "bias": True}
+SEPARATE = pico_config("separate", **PLAIN)
 
 
 def run_material(root: Path) -> tuple[Path, Path]:
     """JAM-Crosses in fp32 (weights, chameleon, separate; late has its only bridge behind the last
-    layer) and a small set of random documents."""
-    config = pico_config("cross", affine_norm=True, activation="gelu", bias=True)
+    layer), a set of random documents and a small one for validation."""
+    config = pico_config("cross", **PLAIN)
     pico_folder(root / "chameleon", CHAMELEON, dtype=torch.float32)
     pico_folder(root / "separate", SEPARATE, dtype=torch.float32)
-    late = dataclasses.replace(SEPARATE, bridges=BridgeConfig(layers=[3]))
+    late = dataclasses.replace(SEPARATE, bridges=BridgeConfig(layers=[1]))
     pico_folder(root / "late", late, dtype=torch.float32)
     weights = pico_folder(root / "weights", config, dtype=torch.float32)
+    _write_random_set(root / "set", 50)
+    _write_random_set(root / "held_out", 5)
+    return weights, root / "set"
+
+
+def _write_random_set(prefix: Path, size: int) -> None:
     vocabulary = pico_vocabulary()
     rng = np.random.default_rng(0)
     documents = [
-        np.append(rng.integers(4, 300, size=rng.integers(5, 40)), vocabulary.eos) for _ in range(50)
+        np.append(rng.integers(4, 300, size=rng.integers(5, 40)), vocabulary.eos)
+        for _ in range(size)
     ]
     write_set(
-        root / "set",
+        prefix,
         documents,
         vocabulary=vocabulary,
         tokenizer_sha256=pico_tokenizer().sha256,
         kind="text",
     )
-    return weights, root / "set"
 
 
 def settings(
     material: tuple[Path, Path], output: Path, parallel: ParallelConfig, **changes: Any
 ) -> dict[str, Any]:
-    """A run of six steps."""
+    """A run of a few steps."""
     weights, prefix = material
     sets = [DataSetConfig(name="set", path=str(prefix))]
+    held_out = [DataSetConfig(name="held_out", path=str(prefix.with_name("held_out")))]
     return {
         "weights": weights,
         "output": output,
         "data": DataConfig(sets=sets, objective="cm3", cm3=Cm3Config(mean_spans=1.0)),
-        "validation": sets,
-        "steps": 6,
+        "validation": held_out,
+        "steps": STEPS,
         "context_length": 32,
-        "global_batch_size": 4,
+        "global_batch_size": 2,
         "parallel": parallel,
         "log_every": 1,
-        "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=2, epsilon=1e-4),
+        "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=1, epsilon=1e-4),
         **changes,
     }
 
@@ -92,7 +105,7 @@ def run_training(world: World, values: dict[str, Any], wants_moments: bool = Fal
 
     def validate(step: ForwardBackward) -> Mapping[str, Losses]:
         return measure_sets(
-            step, config.validation, folder, world, context_length=32, micro_batch_size=2
+            step, config.validation, folder, world, context_length=32, micro_batch_size=4
         )
 
     training = Training(config, folder, world, validate)

@@ -45,9 +45,6 @@ SAMPLES, LENGTH = 4, 16
 EVERYWHERE = ["width", "cross", "unequal"]
 """Models for every layout."""
 
-QUICK = ["tp4", "pp2-interleaved", "tp2-pp2-dp2-sp-recompute"]
-"""Layouts for a JAM-Width, which is a tower as others are, in the fast tests."""
-
 PER_TOWER = {"tables": "per_tower", "text_ids": [0, 300]}
 WIDE = {"head": "wide", "text_ids": [0, 300]}
 
@@ -144,15 +141,7 @@ def test_gradients_reach_every_parameter(kind: str, single: dict) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [
-        pytest.param(
-            kind,
-            layout,
-            marks=[pytest.mark.slow] if kind == "width" and layout not in QUICK else [],
-        )
-        for kind in EVERYWHERE
-        for layout in LAYOUTS
-    ]
+    [(kind, layout) for kind in EVERYWHERE for layout in LAYOUTS]
     + [(kind, COMBINED) for kind in configs() if kind not in EVERYWHERE],
 )
 def test_layouts_agree(

@@ -65,15 +65,8 @@ def check(
         assert due == [pytest.approx(each, rel=TOLERANCE) for each in measured], recompute
 
 
-@pytest.mark.parametrize(
-    ("size", "precision"),
-    [
-        ("wide", "fp32"),
-        ("long", "bf16"),
-        pytest.param("wide", "bf16", marks=pytest.mark.slow),
-        pytest.param("long", "fp32", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["cm3leon", "llama", "cross"])
 def test_activations_are_those_measured(
     pool: WorkerPool, kind: str, size: str, precision: Precision

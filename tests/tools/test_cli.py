@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -22,10 +21,10 @@ from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.weights.folder import VOCABULARY, WeightsFolder
 from megatron_jam.weights.initial import initial_tensor
 from megatron_jam.weights.reference import reference_logits
+from tests.helpers.commands import environment, fails, module, tool
 from tests.helpers.pico import pico_config, pico_folder, pico_tokenizer, pico_vocabulary
 
-ROOT = Path(__file__).parents[2]
-TRAIN = ["-m", "megatron_jam.train"]
+TRAIN = "megatron_jam.train"
 OTHER = JointVocabulary.build(text_size=300, num_image_codes=15, num_sentinels=5)
 
 
@@ -48,33 +47,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             kind="text",
         )
     return root
-
-
-def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python with `command`, without what a surrounding torchrun would have set."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-
-
-def tool(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return run(str(ROOT / "tools" / f"{name}.py"), *arguments, cwd=cwd)
-
-
-def fails(done: subprocess.CompletedProcess[str], message: str) -> None:
-    """Exactly one line on standard error, which matches, and status 2."""
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert re.fullmatch(f"error: .*{message}.*", line), line
-    assert done.returncode == 2
 
 
 def settings(home: Path, **changes: Any) -> dict[str, Any]:
@@ -178,7 +150,7 @@ def test_evaluate_refuses_a_vocabulary_that_is_not_the_weights(home: Path, tmp_p
 )
 def test_train_refuses(changes: dict[str, Any], message: str, home: Path, tmp_path: Path) -> None:
     name = write(tmp_path / "run.yaml", settings(home, **changes))
-    fails(run(*TRAIN, "--config", name, cwd=tmp_path), message)
+    fails(module(TRAIN, "--config", name, cwd=tmp_path), message)
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
@@ -186,7 +158,7 @@ def test_train_refuses_data_of_another_vocabulary(home: Path, tmp_path: Path) ->
     data = {"sets": [{"name": "a", "path": str(home / "other")}]}
     name = write(tmp_path / "run.yaml", settings(home, data=data))
     message = "other was prepared with another vocabulary .*: prepare it again"
-    fails(run(*TRAIN, "--config", name, cwd=tmp_path), message)
+    fails(module(TRAIN, "--config", name, cwd=tmp_path), message)
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
@@ -195,7 +167,15 @@ def test_train_refuses_tensor_parallelism_that_cuts_heads(home: Path, tmp_path: 
     changes = {"weights": str(home / "three_heads"), "parallel": {"tensor": 2}}
     name = write(tmp_path / "run.yaml", settings(home, **changes))
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = run(*launch, *TRAIN, "--config", name, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", TRAIN, "--config", name],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert told == [

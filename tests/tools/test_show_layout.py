@@ -10,8 +10,8 @@ import pytest
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.planning.memory import plan
+from tests.helpers.commands import ROOT, fails, tool
 from tests.helpers.pico import pico_config
-from tests.tools.test_cli import ROOT, fails, tool
 from tools.show_layout import main, size, spans
 
 TOWER = str(ROOT / "examples/configs/tower.yaml")

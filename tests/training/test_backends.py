@@ -10,7 +10,7 @@ from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.parallel.world import World
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import distance
-from tests.helpers.training import losses, run_training, settings, tensors
+from tests.helpers.training import HALF, losses, run_training, settings, tensors
 from tests.helpers.transformer_engine import with_stand_ins
 
 ONE = ParallelConfig()
@@ -28,12 +28,7 @@ def run_fused(world: World, values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "fused_first"),
-    [
-        ("weights", True),
-        ("chameleon", False),
-        pytest.param("weights", False, marks=pytest.mark.slow),
-        pytest.param("chameleon", True, marks=pytest.mark.slow),
-    ],
+    [("weights", True), ("weights", False), ("chameleon", True), ("chameleon", False)],
 )
 def test_a_checkpoint_goes_on_with_the_other_backend(
     kind: str, fused_first: bool, material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
@@ -42,7 +37,7 @@ def test_a_checkpoint_goes_on_with_the_other_backend(
     material = (material[0].with_name(kind), material[1])
     pool.run(run_training, ONE, settings(material, tmp_path / "whole", ONE))
     runs = (run_fused, run_training) if fused_first else (run_training, run_fused)
-    for run, stop in zip(runs, (3, 0), strict=True):
+    for run, stop in zip(runs, (HALF, 0), strict=True):
         pool.run(run, ONE, settings(material, tmp_path / "moved", ONE, stop_at=stop))
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     assert distance(tensors(tmp_path / "whole"), tensors(tmp_path / "moved")) < 1e-5
@@ -54,7 +49,7 @@ def test_ranks_that_share_sequences_learn_the_same(
     """Losses, validation, export; stopped on two ranks and resumed on one without them."""
     pool.run(run_training, ONE, settings(material, tmp_path / "one", ONE))
     pool.run(run_fused, SHARED, settings(material, tmp_path / "shared", SHARED))
-    for parallel, stop in ((SHARED, 3), (ONE, 0)):
+    for parallel, stop in ((SHARED, HALF), (ONE, 0)):
         pool.run(
             run_fused, parallel, settings(material, tmp_path / "moved", parallel, stop_at=stop)
         )

@@ -12,7 +12,7 @@ from megatron_jam.parallel.world import World
 from megatron_jam.training.loop import Training
 from megatron_jam.weights.folder import WeightsFolder
 from tests.helpers.pool import WorkerPool
-from tests.helpers.training import LAYOUTS, losses, settings, tensors
+from tests.helpers.training import HALF, LAYOUTS, losses, settings, tensors
 
 
 def train(world: World, values: dict[str, Any]) -> set[tuple[torch.dtype, ...]]:
@@ -37,7 +37,7 @@ def losses_in_fp32(
     return losses(output)
 
 
-@pytest.mark.parametrize("layout", [pytest.param("tp2-pp2", marks=pytest.mark.slow), "dp2"])
+@pytest.mark.parametrize("layout", ["tp2-pp2", "dp2"])
 def test_bf16_trains_and_resumes(
     pool: WorkerPool,
     layout: str,
@@ -54,7 +54,7 @@ def test_bf16_trains_and_resumes(
     assert run("whole", precision="bf16") == {(torch.bfloat16, torch.float32, torch.float32)}
     assert losses(tmp_path / "whole") == pytest.approx(losses_in_fp32, abs=2e-2)
     assert losses(tmp_path / "whole") != losses_in_fp32
-    run("broken", precision="bf16", stop_at=3)
+    run("broken", precision="bf16", stop_at=HALF)
     run("broken", precision="bf16")
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     one, other = tensors(tmp_path / "whole"), tensors(tmp_path / "broken")

@@ -10,6 +10,7 @@ from megatron_jam.config.parallel import ParallelConfig
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import distance
 from tests.helpers.training import (
+    HALF,
     LAYOUTS,
     losses,
     run_training,
@@ -36,7 +37,7 @@ def test_dropout_changes_training_alone(
 
 @pytest.mark.parametrize(
     "layout",
-    ["tp2-sp"] + [pytest.param(each, marks=pytest.mark.slow) for each in ("tp2", "tp2-pp2")],
+    ["tp2", "tp2-sp", "tp2-pp2"],
 )
 def test_resumed_run_draws_the_same(
     layout: str, material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
@@ -46,7 +47,7 @@ def test_resumed_run_draws_the_same(
     whole = settings(material, tmp_path / "whole", parallel, dropout=0.2)
     pool.run(run_training, parallel, whole, data=data)
     broken = settings(material, tmp_path / "broken", parallel, dropout=0.2)
-    for stop in (3, 0):
+    for stop in (HALF, 0):
         pool.run(run_training, parallel, {**broken, "stop_at": stop}, data=data)
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     one, other = tensors(tmp_path / "whole"), tensors(tmp_path / "broken")

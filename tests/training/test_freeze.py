@@ -12,6 +12,7 @@ from megatron_jam.weights.folder import WeightsFolder
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import distance
 from tests.helpers.training import (
+    HALF,
     LAYOUTS,
     losses,
     run_training,
@@ -66,7 +67,7 @@ def test_frozen_runs_resume_under_any_layout(
     changes: dict[str, Any] = {"freeze": frozen}
     base = settings(chosen, tmp_path / "whole", ParallelConfig(), **changes)
     pool.run(run_training, ParallelConfig(), base)
-    for layout, stop in ((first, 3), (second, 0)):
+    for layout, stop in ((first, HALF), (second, 0)):
         parallel, data = LAYOUTS[layout]
         values = settings(chosen, tmp_path / "moved", parallel, stop_at=stop, **changes)
         pool.run(run_training, parallel, values, data=data)
