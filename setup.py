@@ -43,6 +43,7 @@ OPTIONAL = {
         "pytest>=8.2,<10",
         "pytest-timeout>=2.3,<3",
         "hypothesis>=6.100,<7",
+        "omegaconf>=2.1,<3",  # class of settings in old metaseq checkpoints
         "transformers>=4.46,<6",  # oracle of the samplers' tests
         "ruff>=0.12,<0.18",
         "mypy>=1.10,<3",

@@ -27,11 +27,18 @@ def main(config: Path, tokenizer: Path, output: Path, *, seed: int = 0) -> None:
     values = read_settings(config)
     vocabulary = JointVocabulary.load(tokenizer / VOCABULARY)
     values.setdefault("vocab_size", vocabulary.size)
+    if len(values.get("towers") or ()) > 1:
+        values.setdefault("text_ids", list(vocabulary.text))
     model = ModelConfig.from_dict(values)
     if model.vocab_size != vocabulary.size:
         raise UsageError(
             f"{config}: vocab_size {model.vocab_size} is not the {vocabulary.size} of {tokenizer};"
             " leave it out"
+        )
+    if len(model.readers) > 1 and model.text_ids != list(vocabulary.text):
+        raise UsageError(
+            f"{config}: text_ids {model.text_ids} are not the {list(vocabulary.text)} of"
+            f" {tokenizer}; leave them out"
         )
     table = parameter_table(model)
     shapes = {entry.name: entry.shape for entry in table}

@@ -40,6 +40,7 @@ def main(
     context_length: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
     recompute: Literal["none", "selective", "full"] = "none",
+    freeze: list[str] | None = None,
     json: bool = False,
 ) -> None:
     """Print a model's exact number of parameters and what a rank of each pipeline stage holds.
@@ -56,12 +57,16 @@ def main(
         context_length: tokens of a sample; 0 takes the model's max_positions.
         precision: of weights and activations.
         recompute: whose activations the total counts.
+        freeze: towers (image, text) whose parent's weights have no gradients.
         json: print one JSON object, in bytes, in place of the table.
     """
     for name, value in (("replicas", replicas), ("micro_batch_size", micro_batch_size)):
         if value < 1:
             raise UsageError(f"{name} is {value}; it must be at least 1")
     model = read_model(config, vocab_size)
+    frozen = freeze or []
+    if not set(frozen) <= set(model.tower_names if model.is_pair else ()):
+        raise UsageError(f"freeze is {frozen}; it may hold towers image and text of a pair")
     length = context_length or model.max_positions
     if not 1 <= length <= model.max_positions:
         raise UsageError(f"context_length is {length}; max_positions is {model.max_positions}")
@@ -80,6 +85,7 @@ def main(
         "context_length": length,
         "precision": precision,
         "recompute": recompute,
+        "freeze": frozen,
     }
     layout = describe(model, parallel, settings)
     sys.stdout.write((dumps(layout, indent=2) if json else as_text(layout)) + "\n")
@@ -99,6 +105,7 @@ def describe(
         num_micro_batches=settings["global_batch_size"] // at_once,
         context_length=length,
         precision=settings["precision"],
+        frozen=settings["freeze"],
     )
     whole = model_flops(model, context_length=length)
     rows = []

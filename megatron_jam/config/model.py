@@ -85,6 +85,10 @@ class TowerConfig:
                 f"tower head size {self.head_size} (hidden_size / num_heads) is odd; RoPE turns"
                 " pairs: choose an even one"
             )
+        if self.ffn_size < 0:
+            raise UsageError(f"tower ffn_size is {self.ffn_size}; it must be 0 (4 d) or more")
+        if not self.norm_epsilon > 0:
+            raise UsageError(f"tower norm_epsilon is {self.norm_epsilon}; it must be above 0")
         if not self.rope_base > 0:
             raise UsageError(f"tower rope_base is {self.rope_base}; it must be above 0")
 
@@ -201,6 +205,8 @@ class ModelConfig:
             self._check_pair()
         elif self.tables != "shared" or self.head != "project" or self.alignment:
             raise UsageError("tables, head and alignment are for towers image and text")
+        if self.projection_start == "half" and not (self.is_pair and self.head == "project"):
+            raise UsageError("projection_start: half is for the projecting head of two towers")
 
     def _check_pair(self) -> None:
         image, text = self.towers[IMAGE], self.towers[TEXT]
@@ -284,9 +290,13 @@ class ModelConfig:
         shared = self.tables == "shared" and self.head == "project"
         return PAIR if self.is_pair and not shared else (MAIN,)
 
-    def other_tower(self, name: str) -> TowerConfig:
+    def table_of(self, reader: str) -> str:
+        """The token table whose rows a reader's state is multiplied with, if they are tied."""
+        return reader if reader in self.table_names else MAIN
+
+    def other_tower(self, name: str) -> str:
         """The tower that a bridge into tower `name` reads."""
-        return self.towers[TEXT if name == IMAGE else IMAGE]
+        return TEXT if name == IMAGE else IMAGE
 
     def tower_layer(self, tower: str, layer: int) -> int | None:
         """Which of a tower's layers (from 0) is part of the model's layer `layer`, or None."""

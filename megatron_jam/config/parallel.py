@@ -35,6 +35,8 @@ class ParallelConfig:
         for name in ("tensor", "pipeline", "interleave", "context"):
             if getattr(self, name) < 1:
                 raise UsageError(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.sequence and self.tensor == 1:
+            raise UsageError("parallel.sequence needs parallel.tensor of at least 2")
         if self.interleave > 1 and self.pipeline == 1:
             raise UsageError("parallel.interleave needs parallel.pipeline of at least 2")
 
@@ -50,6 +52,14 @@ class ParallelConfig:
                 f"parallel.sequence needs a context_length that parallel.tensor {self.tensor}"
                 f" divides{' within a rank of parallel.context' if self.context > 1 else ''},"
                 f" not {context_length}"
+            )
+
+    def check_micro_batches(self, count: int) -> None:
+        """Raise UsageError if the schedule cannot take `count` micro-batches of a step."""
+        if self.interleave > 1 and count % self.pipeline:
+            raise UsageError(
+                f"with parallel.interleave the {count} micro-batches of a step must be a multiple"
+                f" of parallel.pipeline {self.pipeline}"
             )
 
     def check_backend(self, backend: str) -> None:

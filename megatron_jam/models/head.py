@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_jam.config.model import IMAGE, MAIN, TEXT, ModelConfig
-from megatron_jam.models.embedding import num_real_rows, padded_vocabulary, text_rows
+from megatron_jam.models.embedding import num_real_rows, text_rows
 from megatron_jam.models.layers import build_norm
 from megatron_jam.models.loss import Reading, linear_cross_entropy
+from megatron_jam.models.parameters import padded_vocabulary
 from megatron_jam.parallel.world import World
 
 
@@ -83,7 +84,7 @@ class Reader(nn.Module):
         super().__init__()
         self.tower = model.tower_names.index(name) if name != MAIN else 0
         self.takes_all = model.is_pair and model.head == "project"
-        table = name if name in model.table_names else MAIN
+        table = model.table_of(name)
         width = model.table_width(table)
         source = model.joint_size if self.takes_all else None
         if model.is_pair and not self.takes_all and model.towers[name].hidden_size != width:

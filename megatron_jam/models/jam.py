@@ -144,6 +144,11 @@ class JamModel(MegatronModule):
         with self._random_numbers(), self.parts.fp8(self.config):
             for layer in self.layers.values():
                 if self.recompute and self.training:
+                    # Of inputs that need no gradient its outputs would need none, nor its weights.
+                    states = tuple(
+                        each if each.requires_grad else each.detach().requires_grad_()
+                        for each in states
+                    )
                     states = self.parts.recompute(partial(layer, places), *states)
                 else:
                     states = layer(places, *states)

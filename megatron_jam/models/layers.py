@@ -195,7 +195,8 @@ class JointLayer(nn.Module):
                 self.towers[name] = build(tower_layer_spec(tower, parts), tower)
         for name in model.bridges_into(layer):
             # A bridge has as many heads for keys and values as for queries.
-            tower, other = replace(model.towers[name], num_kv_heads=0), model.other_tower(name)
+            tower = replace(model.towers[name], num_kv_heads=0)
+            other = model.towers[model.other_tower(name)]
             self.bridges[name] = build(bridge_spec(tower, other.hidden_size, parts), tower)
             if model.bridges.kv_norm:
                 norm = build_norm(tower, engine(tower), other.hidden_size)

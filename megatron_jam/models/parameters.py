@@ -5,7 +5,7 @@ names are those of a weights folder: one tensor for each logical weight, never f
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -114,6 +114,11 @@ def padded_vocabulary(size: int, tensor: int) -> int:
     return math.ceil(size / tensor) * tensor
 
 
+def learns(parameter: Parameter, frozen: Collection[str]) -> bool:
+    """Whether training changes a weight where the parents' weights of towers `frozen` stay."""
+    return parameter.is_new or parameter.tower not in frozen
+
+
 def num_parameters(config: ModelConfig) -> int:
     """Exact number of weights of a model."""
     return sum(math.prod(parameter.shape) for parameter in parameter_table(config))
@@ -148,7 +153,7 @@ def _bridge(config: ModelConfig, layer: int, name: str) -> Iterator[Parameter]:
     yield from _norm(
         tower, f"{canonical}.attention_norm", f"{module}.pre_cross_attn_layernorm", place
     )
-    d, other = tower.hidden_size, config.other_tower(name).hidden_size
+    d, other = tower.hidden_size, config.towers[config.other_tower(name)].hidden_size
     if config.bridges.kv_norm:
         norm = f"layers.{layer}.context_norms.{name}"
         yield from _norm(tower, f"{canonical}.context_norm", norm, place, other)
@@ -241,7 +246,7 @@ def _head(config: ModelConfig) -> Iterator[Parameter]:
     projected = config.is_pair and config.head == "project"
     for reader in config.readers:
         tower = None if reader == MAIN else reader
-        table = reader if reader in config.table_names else MAIN
+        table = config.table_of(reader)
         module, place = f"head.readers.{reader}", {"tower": tower}
         width = config.table_width(table)
         start: Start = "eye"

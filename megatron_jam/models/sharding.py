@@ -8,9 +8,8 @@ import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from megatron_jam.models.embedding import padded_vocabulary
 from megatron_jam.models.jam import JamModel
-from megatron_jam.models.parameters import Parameter, parameter_table
+from megatron_jam.models.parameters import Parameter, learns, padded_vocabulary, parameter_table
 from megatron_jam.parallel.world import Axis
 
 ReadSlice = Callable[[str, int | None, int, int], Tensor]
@@ -74,8 +73,7 @@ def holders(model: JamModel) -> list[Holder]:
 def freeze(model: JamModel, towers: Sequence[str]) -> None:
     """Leave a parent's weights in `towers` as they are."""
     for holder in holders(model):
-        part = holder.parts[0]
-        if part.tower in towers and not part.is_new:
+        if not learns(holder.parts[0], towers):
             holder.parameter.requires_grad_(False)
 
 

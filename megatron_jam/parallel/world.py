@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_jam.config.errors import UsageError
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.parallel.cpu import prepare_megatron, provide_adam
 from megatron_jam.parallel.device import communication_backend, select_device
@@ -98,8 +97,6 @@ def build_world(parallel: ParallelConfig, device: torch.device) -> World:
         prepare_megatron()
     provide_adam(device)
     parallel.data(dist.get_world_size())
-    if parallel.sequence and parallel.tensor == 1:
-        raise UsageError("parallel.sequence needs parallel.tensor of at least 2")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -32,8 +32,9 @@ def joint_layer(
     read = dict(names)
     for tower in model.bridges_into(layer):
         name = f"{layer} bridge {tower}"
-        other = next(each for each in model.tower_names if each != tower)
-        steps += bridge(model, tower, sizes, recompute, name, (read[tower], read[other]))
+        steps += bridge(
+            model, tower, sizes, recompute, name, (read[tower], read[model.other_tower(tower)])
+        )
         names[tower] = f"{name} output"
     return steps
 
@@ -78,7 +79,7 @@ def bridge(
     sources: tuple[str, str],
 ) -> list[Step]:
     """norm, cross-attention to the other tower's states, add; norm, FFN, add."""
-    tower, other = model.towers[reader], model.other_tower(reader).hidden_size
+    tower, other = model.towers[reader], model.towers[model.other_tower(reader)].hidden_size
     d, (source, context) = tower.hidden_size, sources
     steps: list[Step] = []
     if model.bridges.kv_norm:

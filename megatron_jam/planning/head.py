@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_jam.config.model import MAIN, ModelConfig
+from megatron_jam.config.model import ModelConfig
 from megatron_jam.models.loss import LOGITS_AT_ONCE
 from megatron_jam.models.parameters import padded_vocabulary
 from megatron_jam.planning.activations import norm
@@ -13,13 +13,13 @@ def head_steps(model: ModelConfig, sizes: Sizes, names: dict[str, str]) -> list[
     """Projections and norms from the towers' states, called `names`, to what output rows read."""
     steps: list[Step] = []
     for reader in model.readers:
-        width = model.table_width(reader if reader in model.table_names else MAIN)
+        width = model.table_width(model.table_of(reader))
         name = f"head {reader}"
         if model.is_pair and model.head == "project":
             joint = {f"{name} joined": sizes.states(model.joint_size)}
             weight = width * model.joint_size
             steps.append(Step(keeps=joint, gradient=sum(joint.values()), weight=weight))
-            tower = model.table_tower(reader if reader in model.table_names else MAIN)
+            tower = model.table_tower(model.table_of(reader))
             steps += norm(tower, sizes, name, f"{name} projected", width)
             continue
         own = reader if reader in model.towers else model.tower_names[0]
@@ -48,7 +48,7 @@ class Loss:
 
 def loss(model: ModelConfig, sizes: Sizes) -> Loss:
     """Logits exist for some tokens at a time, fp32; gradients are made with them and kept."""
-    widths = [model.table_width(r if r in model.table_names else MAIN) for r in model.readers]
+    widths = [model.table_width(model.table_of(reader)) for reader in model.readers]
     rows = padded_vocabulary(model.vocab_size, sizes.tensor) // sizes.tensor
     at_once = min(sizes.tokens, max(1, LOGITS_AT_ONCE // rows))
     states = sizes.tokens * sum(widths)

@@ -5,14 +5,19 @@ no fused kernels, and its activations are those of the `torch` backend on a CPU.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.models.jam import check_layout
-from megatron_jam.models.parameters import Parameter, padded_vocabulary, parameter_table
+from megatron_jam.models.parameters import (
+    Parameter,
+    learns,
+    padded_vocabulary,
+    parameter_table,
+)
 from megatron_jam.models.stages import stage_layers
 from megatron_jam.planning.activations import GENERATOR, Recompute, joint_layer
 from megatron_jam.planning.head import head_steps, loss
@@ -78,7 +83,12 @@ class StageMemory:
 
 
 def state_bytes(
-    num_parameters: int, *, width: int, replicas: int, distributed_optimizer: bool = True
+    num_parameters: int,
+    *,
+    width: int,
+    replicas: int,
+    num_frozen: int = 0,
+    distributed_optimizer: bool = True,
 ) -> State:
     """What weights take on a rank, with what learns them.
 
@@ -89,12 +99,14 @@ def state_bytes(
         num_parameters: weights on the rank.
         width: bytes of a weight.
         replicas: ranks with the same weights.
+        num_frozen: how many of the weights do not learn.
         distributed_optimizer: whether they share the optimizer's state.
     """
-    optimizer = num_parameters * FP32 * (3 if width < FP32 else 2)
+    num_learning = num_parameters - num_frozen
+    optimizer = num_learning * FP32 * (3 if width < FP32 else 2)
     return State(
         weights=num_parameters * width,
-        gradients=num_parameters * max(width, FP32),
+        gradients=num_learning * max(width, FP32),
         optimizer=-(-optimizer // replicas) if distributed_optimizer else optimizer,
     )
 
@@ -108,6 +120,7 @@ def plan(
     num_micro_batches: int,
     context_length: int,
     precision: Precision,
+    frozen: Collection[str] = (),
     distributed_optimizer: bool = True,
 ) -> list[StageMemory]:
     """Memory of every pipeline stage.
@@ -120,6 +133,7 @@ def plan(
         num_micro_batches: micro-batches of a rank in a step.
         context_length: tokens of a sample.
         precision: of weights and activations.
+        frozen: towers whose parent's weights do not learn; activations are planned as if they did.
         distributed_optimizer: whether replicas share the optimizer's state, as in training.
 
     Raises:
@@ -127,38 +141,54 @@ def plan(
     """
     check_layout(model, parallel)
     parallel.check_length(context_length)
+    parallel.check_micro_batches(num_micro_batches)
     sizes = Sizes(
         tokens=micro_batch_size * context_length // parallel.context,
         width=WIDTHS[precision],
         tensor=parallel.tensor,
         sequence=parallel.sequence,
     )
-    return [
-        StageMemory(
-            stage=stage,
-            layers=[layer for chunk in chunks for layer in chunk],
-            bridges=sum(len(model.bridges_into(layer)) for chunk in chunks for layer in chunk),
-            parameters=_num_stage_parameters(model, parallel, stage),
-            rank_parameters=rank_parameters(model, parallel, stage),
-            micro_batches=max(map(sum, in_flight(parallel, stage, num_micro_batches))),
-            state=state_bytes(
-                rank_parameters(model, parallel, stage),
-                width=sizes.width,
-                replicas=replicas * parallel.context,
-                distributed_optimizer=distributed_optimizer,
-            ),
-            activations={
-                recompute: _under_way(model, parallel, sizes)
-                + _stage_activations(
-                    [chunk_activations(model, sizes, each, recompute) for each in chunks],
-                    in_flight(parallel, stage, num_micro_batches),
-                )
-                for recompute in get_args(Recompute)
-            },
+    layout = (model, parallel)
+    stages = []
+    for stage in range(parallel.pipeline):
+        state = state_bytes(
+            rank_parameters(*layout, stage),
+            width=sizes.width,
+            replicas=replicas * parallel.context,
+            num_frozen=rank_parameters(*layout, stage, lambda each: not learns(each, frozen)),
+            distributed_optimizer=distributed_optimizer,
         )
-        for stage in range(parallel.pipeline)
-        for chunks in [stage_chunks(model, parallel, stage)]
-    ]
+        stages.append(_stage(*layout, stage, sizes, num_micro_batches, state))
+    return stages
+
+
+def _stage(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    stage: int,
+    sizes: Sizes,
+    num_micro_batches: int,
+    state: State,
+) -> StageMemory:
+    chunks = stage_chunks(model, parallel, stage)
+    layers = [layer for chunk in chunks for layer in chunk]
+    waiting = list(in_flight(parallel, stage, num_micro_batches))
+    return StageMemory(
+        stage=stage,
+        layers=layers,
+        bridges=sum(len(model.bridges_into(layer)) for layer in layers),
+        parameters=_num_stage_parameters(model, parallel, stage),
+        rank_parameters=rank_parameters(model, parallel, stage),
+        micro_batches=max(map(sum, waiting)),
+        state=state,
+        activations={
+            recompute: _under_way(model, parallel, sizes)
+            + _stage_activations(
+                [chunk_activations(model, sizes, each, recompute) for each in chunks], waiting
+            )
+            for recompute in get_args(Recompute)
+        },
+    )
 
 
 def stage_chunks(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[range]:
@@ -256,12 +286,18 @@ def _embedding_peak(model: ModelConfig, sizes: Sizes) -> int:
     return largest * (sizes.width + (FP32 if sizes.is_low else 0))
 
 
-def rank_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
-    """Weights on each rank of a stage, with padding of the vocabulary and copies of tied tables."""
+def rank_parameters(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    stage: int,
+    counts: Callable[[Parameter], bool] = lambda _: True,
+) -> int:
+    """Weights on each rank of a stage, with padding of the vocabulary and copies of tied tables:
+    of all parameters, or of those that `counts` picks."""
     entries = list(_stage_parameters(model, parallel, stage))
     if model.tied and stage == parallel.pipeline - 1 and stage > 0:
         entries += [e for e in parameter_table(model) if e.is_vocabulary]
-    return sum(_rank_size(entry, parallel.tensor) for entry in entries)
+    return sum(_rank_size(entry, parallel.tensor) for entry in filter(counts, entries))
 
 
 def _num_stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:

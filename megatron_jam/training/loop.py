@@ -19,6 +19,7 @@ from megatron_jam.data.loader import (
     image_tokenizer_of,
 )
 from megatron_jam.models.jam import JamModel
+from megatron_jam.models.parameters import learns, parameter_table
 from megatron_jam.models.sharding import freeze
 from megatron_jam.parallel.device import DTYPES, peak_memory_bytes
 from megatron_jam.parallel.seeds import seed_step
@@ -186,13 +187,9 @@ class Training:
             )
         if config.freeze and not model.is_pair:
             raise UsageError(f"freeze is {config.freeze}, but the model has one tower alone")
-        count = config.num_micro_batches(self.world.size)
-        pipeline = config.parallel.pipeline
-        if config.parallel.interleave > 1 and count % pipeline:
-            raise UsageError(
-                f"with parallel.interleave the {count} micro-batches of a step must be a multiple"
-                f" of parallel.pipeline {pipeline}"
-            )
+        if not any(learns(entry, config.freeze) for entry in parameter_table(model)):
+            raise UsageError(f"freeze is {config.freeze}, which leaves nothing to train")
+        config.parallel.check_micro_batches(config.num_micro_batches(self.world.size))
         for each in config.data.sets:
             self.folder.require_tokenizer(read_info(each.path).tokenizer_sha256, each.path)
         images, known = image_tokenizer_of(config.data), self.folder.image_tokenizer_sha256

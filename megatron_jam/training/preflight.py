@@ -44,9 +44,14 @@ def log_start(chunks: Sequence[JamModel], world: World, *, backend: str = "torch
         ", sequence parallel" if parallel.sequence else "",
         world.device,
     )
-    held = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    held = [parameter for chunk in chunks for parameter in chunk.parameters()]
     width = chunks[0].config.params_dtype.itemsize
-    state = state_bytes(held, width=width, replicas=world.replicas.size)
+    state = state_bytes(
+        sum(each.numel() for each in held),
+        num_frozen=sum(each.numel() for each in held if not each.requires_grad),
+        width=width,
+        replicas=world.replicas.size,
+    )
     logger.info("weights, gradients and optimizer: %.1f MB a rank", state.total / 1e6)
     logger.info("%s", describe_parts(fused_parts(world.device, backend)))
 

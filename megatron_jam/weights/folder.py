@@ -51,6 +51,11 @@ class WeightsFolder:
                 f"{path}: {VOCABULARY} has {self.vocabulary.size} ids, but {CONFIG} says vocab_size"
                 f" {self.config.vocab_size}; take both from the same model"
             )
+        if len(self.config.readers) > 1 and self.config.text_ids != list(self.vocabulary.text):
+            raise UsageError(
+                f"{path}: {CONFIG} says text_ids {self.config.text_ids}, but {VOCABULARY} has"
+                f" {list(self.vocabulary.text)}; take both from the same model"
+            )
         self.provenance = _read_json(self.path / PROVENANCE)
         self._files: dict[str, Any] = {}
         self._place = _read_json(self.path / INDEX).get("weight_map", {})
@@ -193,6 +198,14 @@ class FolderWriter:
         raw = memoryview(data.view(torch.uint8).numpy().reshape(-1))
         self._hashes[name] = hashlib.sha256(raw).hexdigest()
         file.write(raw)
+
+    def read_back(self, name: str) -> Tensor:
+        """A tensor as it was written; after the last was."""
+        assert next(self._queue, None) is None, "tensors are missing"
+        (number,) = (i for i, names in enumerate(self._files) if name in names)
+        # "pt" is the package's own name for torch.
+        with safe_open(str(self._part / self._file_name(number)), framework="pt") as file:
+            return file.get_tensor(name)
 
     def finish(self, provenance: Mapping[str, Any]) -> None:
         """Write the small files and rename the folder to its name."""

@@ -8,12 +8,15 @@ from torch import Tensor
 
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import BridgeConfig
+from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.fusion.fuse import fuse
 from megatron_jam.models.parameters import PROJECTION, parameter_table
 from megatron_jam.weights import reference
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.initial import initial_tensor
 from tests.helpers.pico import SEPARATE, pico_config, pico_folder, pico_vocabulary
+from tests.helpers.pool import WorkerPool
+from tests.helpers.runs import whole_logits
 
 CONFIG = pico_config("tower", bias=True, affine_norm=True)
 
@@ -180,7 +183,11 @@ def test_unequal_parents_share_a_table_of_the_wider(
 
 @pytest.mark.parametrize("kind", ["equal", "unequal"])
 def test_separate_towers_with_zero_bridges_are_both_parents(
-    kind: str, parents: tuple[Path, Path], unequal: tuple[Path, Path], tmp_path: Path
+    kind: str,
+    parents: tuple[Path, Path],
+    unequal: tuple[Path, Path],
+    pool: WorkerPool,
+    tmp_path: Path,
 ) -> None:
     """Text ids have exactly the LLM's logits, all others exactly the image model's."""
     parents = parents if kind == "equal" else unequal
@@ -196,6 +203,15 @@ def test_separate_towers_with_zero_bridges_are_both_parents(
     is_text[rows] = True
     assert torch.equal(logits["child"][..., is_text], logits["text"][..., is_text])
     assert torch.equal(logits["child"][..., ~is_text], logits["image"][..., ~is_text])
+    for name, folder in (("child", child), ("text", text), ("image", image)):
+        run = (folder.path, tokens, torch.float64)
+        (found,) = pool.run(whole_logits, ParallelConfig(), *run)
+        torch.testing.assert_close(found, logits[name], rtol=0, atol=1e-12)
+        logits[f"{name} of a model"] = found
+    child_rows, parent_rows = (logits[f"{name} of a model"] for name in ("child", "text"))
+    assert torch.equal(child_rows[..., is_text], parent_rows[..., is_text])
+    parent_rows = logits["image of a model"]
+    assert torch.equal(child_rows[..., ~is_text], parent_rows[..., ~is_text])
     moved = make(parents, tmp_path / "moved", **SEPARATE, bridges="random")
     other = reference.reference_logits(moved.config, moved.read, tokens)
     assert float((other - logits["child"]).abs().max()) > 1e-3

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_jam.config.run import OptimizerConfig
@@ -54,19 +56,31 @@ def loss_and_gradients(
     dtype: torch.dtype,
     recompute: str = "none",
     micro: int = 1,
+    sharded: bool = False,
     **settings: Any,
 ) -> tuple[float, dict[str, Tensor]] | None:
-    """Mean loss and every whole gradient, on rank 0; `settings` are JamModel's."""
+    """Mean loss and every whole gradient, on rank 0; `settings` are JamModel's, and `sharded` is
+    whether the optimizer would be the distributed one."""
     folder = WeightsFolder(path)
     chunks = build(folder, world, dtype, recompute=recompute, **settings)
-    wrapped = wrap_chunks(chunks, world, distributed_optimizer=False)
+    wrapped = wrap_chunks(chunks, world, distributed_optimizer=sharded)
     losses = ForwardBackward(wrapped, world, folder.vocabulary)(split_batch(batch, world, micro))
+    if sharded:
+        _gather_shards(wrapped, world)
     local: dict[str, Tensor] = {}
     for chunk in chunks:
         local.update(logical_gradients(chunk, lambda p: p.main_grad))
     table = parameter_table(folder.config)
     whole = {name: grad for name, grad in gather_whole(table, local, world, dtype)}
     return (losses.mean, whole) if world.rank == 0 else None
+
+
+def _gather_shards(wrapped: list[DistributedDataParallel], world: World) -> None:
+    """For a distributed optimizer each replica has the sums of its own stretch of gradients."""
+    for bucket in (b for each in wrapped for group in each.bucket_groups for b in group.buckets):
+        stretches = list(bucket.grad_data.view(world.replicas.size, -1))
+        own = stretches[world.replicas.rank].clone()
+        dist.all_gather(stretches, own, group=world.replicas.group)
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -104,7 +118,9 @@ def train_steps(
     losses = []
     for batch in batches:
         micro_batches = split_batch(batch, world, 1)
-        losses.append(train_step(step, optimizer, micro_batches, settings.learning_rate)[0].mean)
+        found, norm = train_step(step, optimizer, micro_batches, settings.learning_rate)
+        assert norm > settings.clip_norm, "nothing to clip"
+        losses.append(found.mean)
     local: dict[str, Tensor] = {}
     for chunk in chunks:
         local.update(logical_gradients(chunk, lambda p: p.detach()))

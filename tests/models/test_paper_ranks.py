@@ -1,7 +1,5 @@
 """Any of 256 ranks of the paper's models, built without memory: their shares make the whole."""
 
-import math
-
 import pytest
 import torch
 
@@ -19,17 +17,16 @@ RANKS = 256
 
 
 def local_size(model: JamModel, world: World) -> int:
-    """Weights that this rank is the first to hold, without padding."""
+    """Weights that this rank is the first to hold, by their parameters, without padding."""
     total = 0
     for holder in holders(model):
         assert holder.parameter.is_meta
-        for part in () if holder.is_copy else holder.parts:
-            size = math.prod(part.shape)
-            if part.split is not None:
-                start, stop, _ = span(part, world.tensor)
-                total += size // part.shape[part.split] * (stop - start)
-            elif world.tensor.is_first:
-                total += size
+        if holder.is_copy or (holder.split is None and not world.tensor.is_first):
+            continue
+        total += holder.parameter.numel()
+        if holder.parts[0].is_vocabulary:
+            start, stop, local = span(holder.parts[0], world.tensor)
+            total -= (local - (stop - start)) * holder.parameter.shape[1]
     return total
 
 

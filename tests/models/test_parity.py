@@ -42,7 +42,7 @@ LAYOUTS = {
 """Layout, replicas, recomputation."""
 
 SAMPLES, LENGTH = 4, 16
-EVERYWHERE = ["width", "cross", "unequal"]
+EVERYWHERE = ["opt", "llama", "width", "cross", "unequal"]
 """Models for every layout."""
 
 PER_TOWER = {"tables": "per_tower", "text_ids": [0, 300]}
@@ -71,11 +71,15 @@ def configs() -> dict[str, ModelConfig]:
     return {
         "cross": pico_config("cross", bias=True, affine_norm=True, activation="gelu"),
         "unequal": unequal(),
-        "tower": pico_config("tower"),
+        "opt": pico_config("tower", bias=True, affine_norm=True, activation="gelu"),
+        "cm3leon": pico_config("tower"),
         "separate": pico_config("separate", bias=True, affine_norm=True, activation="gelu"),
         "llama": pico_config("tower", **LLAMA),
         "chameleon": pico_config("cross", **LLAMA, qk_norm=True),
-        "one-way": one_way(pico_config("cross", affine_norm=True)),
+        "into-image": dataclasses.replace(
+            cross, bridges=BridgeConfig(every=4, into="image", start="random")
+        ),
+        "into-text": one_way(pico_config("cross", affine_norm=True)),
         "untied": dataclasses.replace(pico_config("separate", bias=True), tied=False),
         "shared-wide": dataclasses.replace(cross, **WIDE),
         "own-projected": dataclasses.replace(cross, **PER_TOWER, tied=False),
@@ -157,6 +161,18 @@ def test_layouts_agree(
     assert distance(single[kind][1], gradients) < 1e-7
 
 
+@pytest.mark.parametrize("layout", [name for name, (_, data, _) in LAYOUTS.items() if data > 1])
+@pytest.mark.parametrize("kind", ["opt", "cross", "unequal"])
+def test_gradients_of_a_distributed_optimizer_agree(
+    pool: WorkerPool, kind: str, layout: str, folders: dict[str, Path], single: dict
+) -> None:
+    parallel, data, recompute = LAYOUTS[layout]
+    run = (folders[kind], batch_of(folders[kind]), torch.float64, recompute, 1, True)
+    loss, gradients = pool.run(loss_and_gradients, parallel, *run, data=data)[0]
+    assert loss == pytest.approx(single[kind][0], rel=1e-12)
+    assert distance(single[kind][1], gradients) < 1e-7
+
+
 @pytest.mark.parametrize("kind", EVERYWHERE)
 def test_accumulation_agrees(
     pool: WorkerPool, kind: str, folders: dict[str, Path], single: dict
@@ -169,13 +185,17 @@ def test_accumulation_agrees(
     assert distance(single[kind][1], gradients) < 1e-7
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "tp2-pp2-sp"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("cross", each) for each in ("tp2", "pp2", "dp2", "tp2-pp2-sp")]
+    + [(each, "tp2-pp2-sp") for each in ("opt", "width", "unequal")],
+)
 def test_single_precision_agrees(
-    pool: WorkerPool, layout: str, folders: dict[str, Path], single: dict
+    pool: WorkerPool, kind: str, layout: str, folders: dict[str, Path]
 ) -> None:
     """fp32 with GELU; ReLU's kinks flip between layouts in fp32."""
     parallel, data, _ = LAYOUTS[layout]
-    path = folders["cross"]
+    path = folders[kind]
     base = pool.run(loss_and_gradients, ParallelConfig(), path, batch_of(path), torch.float32)[0]
     other = pool.run(loss_and_gradients, parallel, path, batch_of(path), torch.float32, data=data)[
         0
@@ -186,8 +206,9 @@ def test_single_precision_agrees(
 
 @pytest.mark.parametrize(
     ("kind", "layout", "sharded"),
-    [("cross", each, True) for each in ("tp2", "pp2", "dp2", "tp2-pp2-sp", "tp2-dp2", "pp2-dp2")]
-    + [("cross", each, False) for each in ("tp2-pp2-sp", "pp2-dp2")]
+    [("cross", each, True) for each in LAYOUTS]
+    + [("cross", each, False) for each in ("tp2-pp2-sp", "pp2-dp2", "tp2-pp2-dp2-sp-recompute")]
+    + [(each, "tp2-pp2-dp2-sp-recompute", True) for each in ("opt", "llama", "width", "unequal")]
     + [("separate", "pp2-dp2", True), ("unequal", "pp2-dp2", True)],
 )
 def test_optimizer_steps_agree(

@@ -15,8 +15,9 @@ import torch
 import yaml
 from torch.nn import functional as F
 
+from megatron_jam.config.errors import UsageError
 from megatron_jam.data.indexed import write_set
-from megatron_jam.models.parameters import parameter_table
+from megatron_jam.models.parameters import num_parameters, parameter_table
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.weights.folder import VOCABULARY, WeightsFolder
 from megatron_jam.weights.initial import initial_tensor
@@ -78,6 +79,22 @@ def test_init_draws_a_model(home: Path, tmp_path: Path) -> None:
     for entry in parameter_table(folder.config):
         due = initial_tensor(entry, folder.config, seed=5)
         assert torch.equal(folder.read(entry.name), due), entry.name
+
+
+def test_init_takes_text_ids_from_the_vocabulary(home: Path, tmp_path: Path) -> None:
+    tower = {"num_layers": 1, "hidden_size": 16, "num_heads": 2}
+    pair = {"towers": {"image": tower, "text": tower}, "max_positions": 8, "head": "wide"}
+    config = write(tmp_path / "model.yaml", pair)
+    done = tool("init", config, str(home / "model"), "fresh", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert WeightsFolder(tmp_path / "fresh").config.text_ids == [0, 300]
+    config = write(tmp_path / "model.yaml", {**pair, "text_ids": [4, 7]})
+    done = tool("init", config, str(home / "model"), "other", cwd=tmp_path)
+    fails(done, r"text_ids \[4, 7\] are not the \[0, 300\] of .*; leave them out")
+    described = json.loads((tmp_path / "fresh/config.json").read_text())
+    (tmp_path / "fresh/config.json").write_text(json.dumps({**described, "text_ids": [4, 7]}))
+    with pytest.raises(UsageError, match="take both from the same model"):
+        WeightsFolder(tmp_path / "fresh")
 
 
 def test_init_without_its_file(home: Path, tmp_path: Path) -> None:
@@ -145,13 +162,30 @@ def test_evaluate_refuses_a_vocabulary_that_is_not_the_weights(home: Path, tmp_p
             "parallel.tensor 2 x parallel.pipeline 1 does not divide the 1 ranks; start a"
             " multiple of 2 ranks",
         ),
+        ({"context_length": 65}, "context_length 65 is longer than the model's max_positions 64"),
+        ({"parallel": {"sequence": True}}, "parallel.sequence needs parallel.tensor of at least 2"),
+        ({"freeze": ["text"]}, "but the model has one tower alone"),
     ],
-    ids=["unknown key", "missing weights", "ranks"],
+    ids=["unknown key", "missing weights", "ranks", "length", "sequence", "freeze"],
 )
 def test_train_refuses(changes: dict[str, Any], message: str, home: Path, tmp_path: Path) -> None:
     name = write(tmp_path / "run.yaml", settings(home, **changes))
     fails(module(TRAIN, "--config", name, cwd=tmp_path), message)
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_train_says_what_it_computes_with(home: Path, tmp_path: Path) -> None:
+    name = write(tmp_path / "run.yaml", settings(home))
+    done = module(TRAIN, "--config", name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    count = num_parameters(WeightsFolder(home / "model").config)
+    start = re.escape(f"{count:,} parameters | 1 ranks: TP 1 x PP 1 x DP 1 | cpu")
+    assert re.search(start, done.stderr)
+    assert "weights, gradients and optimizer: " in done.stderr
+    parts = json.loads((tmp_path / "run/environment.json").read_text())["parts"]
+    assert len(parts) == 4
+    for part in parts:
+        assert part["uses"] in done.stderr
 
 
 def test_train_refuses_data_of_another_vocabulary(home: Path, tmp_path: Path) -> None:

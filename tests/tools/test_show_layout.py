@@ -81,6 +81,12 @@ def test_json_is_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ([TOWER, "--parallel.pipeline", "64"], "needs at least 64 layers; the model has 32"),
         ([TOWER, "--parallel.balance", "even"], "parallel.balance.*even"),
         ([TOWER, "--context_length", "5000"], "context_length is 5000; max_positions is 4096"),
+        ([TOWER, "--parallel.sequence", "true"], "parallel.sequence needs parallel.tensor"),
+        ([TOWER, "--freeze", "[text]"], "freeze is .*text.*; it may hold towers image and text"),
+        (
+            [TOWER, "--parallel.pipeline=4", "--parallel.interleave=2", "--global_batch_size=6"],
+            "the 6 micro-batches of a step must be a multiple of parallel.pipeline 4",
+        ),
         ([TOWER, "--replicas", "0"], "replicas is 0; it must be at least 1"),
         (
             [TOWER, "--replicas", "2", "--global_batch_size", "3"],

@@ -1,19 +1,23 @@
 """Frozen towers: what stays, what learns, and that such runs save, resume and change layout."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_jam.config.model import BridgeConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.models.parameters import parameter_table
 from megatron_jam.weights.folder import WeightsFolder
+from tests.helpers.pico import pico_folder
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import distance
 from tests.helpers.training import (
     HALF,
     LAYOUTS,
+    SEPARATE,
     losses,
     run_training,
     settings,
@@ -43,6 +47,38 @@ def test_frozen_weights_stay_and_others_learn(
         due |= set() if own else {entry.name}
     assert moved == due
     assert 0 < len(due) < len(after)
+
+
+@pytest.mark.parametrize("layout", ["one", "pp2"])
+def test_recomputation_changes_nothing_of_a_frozen_run(
+    layout: str, material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
+) -> None:
+    """Also where nothing in front of the first bridge learns."""
+    parallel, data = LAYOUTS[layout]
+    for kind in ("none", "full"):
+        changes: dict[str, Any] = {"freeze": ["image", "text"], "recompute": kind}
+        values = settings(choose(material, "separate"), tmp_path / kind, parallel, **changes)
+        pool.run(run_training, parallel, values, data=data)
+    assert losses(tmp_path / "full") == pytest.approx(losses(tmp_path / "none"), rel=1e-6)
+    assert distance(tensors(tmp_path / "none"), tensors(tmp_path / "full")) < 1e-5
+
+
+def test_a_run_with_nothing_to_train_is_refused(
+    material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
+) -> None:
+    bare = dataclasses.replace(SEPARATE, bridges=BridgeConfig(every=0))
+    path = pico_folder(tmp_path / "bare", bare, dtype=torch.float32)
+    values = settings((path, material[1]), tmp_path / "run", ParallelConfig())
+    for frozen, message in (
+        (["image", "text"], "which leaves nothing to train"),
+        (["text"], ""),
+    ):
+        changed = {**values, "freeze": frozen, "steps": 1}
+        if message:
+            with pytest.raises(RuntimeError, match=message):
+                pool.run(run_training, ParallelConfig(), changed)
+        else:
+            pool.run(run_training, ParallelConfig(), changed)
 
 
 # With both towers frozen and one late bridge the first of two stages has nothing to train.
