@@ -40,6 +40,7 @@ class TEColumnParallelLinear(ColumnParallelLinear):
         tp_comm_buffer_name: str | None = None,
         tp_group: torch.distributed.ProcessGroup | None = None,
         stride: int = 1,
+        name: str | None = None,
     ) -> None:
         assert not any((gather_output, is_expert, skip_weight_param_allocation))
         assert not config.use_cpu_initialization, "its weights would be made on the CPU"
@@ -64,6 +65,7 @@ class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
         tp_comm_buffer_name: str | None = None,
         tp_group: torch.distributed.ProcessGroup | None = None,
         stride: int = 1,
+        name: str | None = None,
     ) -> None:
         super().__init__(
             input_size,
@@ -110,6 +112,7 @@ class TERowParallelLinear(RowParallelLinear):
         is_expert: bool,
         tp_comm_buffer_name: str | None = None,
         tp_group: torch.distributed.ProcessGroup | None = None,
+        name: str | None = None,
     ) -> None:
         assert input_is_parallel
         assert not is_expert

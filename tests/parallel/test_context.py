@@ -1,5 +1,7 @@
 """Ranks that share each sequence: who holds which tokens, and which groups there are."""
 
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -25,7 +27,10 @@ def shares_of(world: World, tokens: torch.Tensor) -> dict[str, Any]:
     """This rank's groups, as global ranks, and its tokens by Megatron's function and ours."""
     axes = ("tensor", "context", "pipeline", "data", "replicas")
     groups = {name: dist.get_process_group_ranks(getattr(world, name).group) for name in axes}
-    theirs = get_batch_on_this_cp_rank({"tokens": tokens.clone()}, world.groups.cp)["tokens"]
+    share = partial(get_batch_on_this_cp_rank, cp_group=world.groups.cp)
+    if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters:
+        share = partial(share, is_hybrid_cp=False)  # Megatron-Core 0.19
+    theirs = share({"tokens": tokens.clone()})["tokens"]
     ours = context_share(tokens, world.context.rank, world.context.size)
     return {**groups, "same": torch.equal(theirs, ours), "tokens": ours.tolist()}
 
