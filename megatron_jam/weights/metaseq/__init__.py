@@ -1,0 +1,1 @@
+"""Checkpoints of metaseq: safe reading, merging, names."""

@@ -1,0 +1,180 @@
+"""From the files of a checkpoint to its whole tensors: FSDP shards undone, parts merged."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_jam.config.errors import UsageError
+from megatron_jam.weights.lazy import Lazy, joined, rows
+from megatron_jam.weights.metaseq.pickles import TorchFile, plain
+
+_ROWS = re.compile(
+    r".*(embed_tokens|output_projection|fc1|[qkv]_proj|activation_fn\.gate)\.(weight|bias)"
+)
+_COLUMNS = re.compile(r".*(out_proj|fc2)\.weight")
+_PACKED = re.compile(r"(.*)\bqkv_proj\.(weight|bias)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A whole tensor of a checkpoint."""
+
+    key: str
+    """Its name there; of a packed projection the name that its third would have."""
+
+    source: str
+    """The key that the files have it under."""
+
+    action: str
+    """What was done to have it whole."""
+
+    tensor: Lazy
+    """The tensor."""
+
+
+def read_parts(parts: Sequence[Sequence[Path]]) -> tuple[dict[str, Any], list[Whole]]:
+    """Settings (`cfg`, or `args` of old files) and whole tensors of a checkpoint.
+
+    Raises:
+        UsageError: files do not fit each other, or cannot be read; the message names them.
+    """
+    read = [[TorchFile(path) for path in shards] for shards in parts]
+    first = read[0][0]
+    if not isinstance(first.values, dict) or not isinstance(first.values.get("model"), dict):
+        raise UsageError(f"{first.path} holds no `model`: it is no checkpoint of metaseq")
+    settings = plain(first.values.get("cfg") or {"model": first.values.get("args") or {}})
+    tensors = [_part(shards) for shards in read]
+    for shards, held in zip(read, tensors, strict=True):
+        if held.keys() != tensors[0].keys():
+            (key, *_) = sorted(held.keys() ^ tensors[0].keys())
+            raise UsageError(f"{first.path} and {shards[0].path} differ in having {key}")
+    names = [str(shards[0].path) for shards in read]
+    wholes = []
+    for key in tensors[0]:
+        wholes += _merge(key, [held[key] for held in tensors], names)
+    return settings, wholes
+
+
+def _part(shards: Sequence[TorchFile]) -> dict[str, Lazy]:
+    """Tensors of one tensor-parallel part."""
+    is_flat = ["shard_metadata" in file.values for file in shards]
+    if not all(is_flat):
+        if len(shards) > 1:
+            raise UsageError(f"{shards[is_flat.index(False)].path} has no shard_metadata")
+        return {k: v for k, v in shards[0].values["model"].items() if isinstance(v, Lazy)}
+    tensors: dict[str, Lazy] = {}
+    flat: set[str] = set()
+    for number, entry in enumerate(shards[0].values["shard_metadata"]["param_metadata"]):
+        path = str(entry["fsdp_path"])
+        for flat_name, held in entry["params"].items():
+            key = _under(path, flat_name)
+            flat.add(key)
+            pieces = [_piece(file, number, flat_name, key) for file in shards]
+            tensors |= _unflatten(shards[0].path, path, held, pieces)
+    buffers = shards[0].values["model"]
+    tensors |= {k: v for k, v in buffers.items() if isinstance(v, Lazy) and k not in flat}
+    for entry in shards[0].values["shard_metadata"]["param_metadata"]:
+        for kept, copy in entry.get("shared_param_info") or ():
+            tensors[str(copy)] = tensors[str(kept)]
+    return tensors
+
+
+def _under(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _piece(file: TorchFile, number: int, flat_name: str, key: str) -> Lazy:
+    """A shard's stretch of a flat vector, without the padding at its end."""
+    try:
+        padding = file.values["shard_metadata"]["param_metadata"][number]["params"][flat_name][
+            "padding"
+        ]
+        whole = file.values["model"][key]
+    except (KeyError, IndexError) as error:
+        raise UsageError(f"{file.path} lacks {key}, which the first shard has") from error
+    return rows(whole, 0, whole.shape[0] - int(padding))
+
+
+def _unflatten(
+    path: Path, room: str, held: Mapping[str, Any], pieces: Sequence[Lazy]
+) -> dict[str, Lazy]:
+    """The tensors that lie one after the other in a flat vector of several pieces."""
+    numels, length = list(held["numels"]), sum(piece.shape[0] for piece in pieces)
+    if sum(numels) != length:
+        raise UsageError(
+            f"{path} and the {len(pieces) - 1} other shards of its part hold {length:,} numbers of"
+            f" {room or 'the model'}, but {sum(numels):,} are due: a shard is missing"
+        )
+    starts = [0, *accumulate(numels)]
+    tensors = {}
+    for name, shape, start, count in zip(
+        held["names"], held["shapes"], starts, numels, strict=False
+    ):
+        shape = tuple(map(int, shape))
+        if math.prod(shape) != count:
+            raise UsageError(f"{path}: {name} has shape {shape}, but {count} numbers")
+        tensors[_under(room, str(name))] = Lazy(
+            shape=shape,
+            dtype=pieces[0].dtype,
+            read=partial(_stretch, pieces, start, start + count, shape),
+        )
+    return tensors
+
+
+def _stretch(pieces: Sequence[Lazy], start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
+    """Numbers start .. stop - 1 of several pieces in a row."""
+    found, offset = [], 0
+    for piece in pieces:
+        low, high = max(start - offset, 0), min(stop - offset, piece.shape[0])
+        if low < high:
+            found.append(piece.read()[low:high])
+        offset += piece.shape[0]
+    return (found[0] if len(found) == 1 else torch.cat(found)).view(shape)
+
+
+def _merge(key: str, parts: Sequence[Lazy], names: Sequence[str]) -> list[Whole]:
+    """One tensor of all parts; of packed keys, values and queries three."""
+    count = len(parts)
+    if packed := _PACKED.fullmatch(key):
+        # Each part stacks its own rows of k, v and q, in this order.
+        return [
+            Whole(
+                key=f"{packed[1]}{letter}_proj.{packed[2]}",
+                source=key,
+                action=f"take {letter}" + (f" of {count} parts" if count > 1 else ""),
+                tensor=joined([_third(part, place) for part in parts], 0),
+            )
+            for place, letter in enumerate("kvq")
+        ]
+    for names_of, dim, what in ((_ROWS, 0, "rows"), (_COLUMNS, 1, "columns")):
+        if count > 1 and names_of.fullmatch(key):
+            action, tensor = f"join {what} of {count} parts", joined(parts, dim)
+            return [Whole(key=key, source=key, action=action, tensor=tensor)]
+    copied = Lazy(
+        shape=parts[0].shape,
+        dtype=parts[0].dtype,
+        read=partial(_same, key, parts, names),
+    )
+    return [Whole(key=key, source=key, action="copy", tensor=copied)]
+
+
+def _third(packed: Lazy, place: int) -> Lazy:
+    third = packed.shape[0] // 3
+    return rows(packed, place * third, (place + 1) * third)
+
+
+def _same(key: str, parts: Sequence[Lazy], names: Sequence[str]) -> Tensor:
+    """The tensor that all parts hold alike; UsageError if they do not."""
+    first = parts[0].read()
+    for part, name in zip(parts[1:], names[1:], strict=True):
+        if not torch.equal(first, part.read()):
+            raise UsageError(f"{names[0]} and {name} differ in {key}, which all parts share")
+    return first

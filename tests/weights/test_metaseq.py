@@ -1,0 +1,308 @@
+"""Checkpoints of metaseq: every form gives the same tensors, and no file runs anything."""
+
+import dataclasses
+import json
+import os
+import pickle
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.model import ModelConfig
+from megatron_jam.weights.folder import WeightsFolder
+from megatron_jam.weights.metaseq.convert import Conversion
+from megatron_jam.weights.metaseq.files import find_parts
+from megatron_jam.weights.metaseq.pickles import TorchFile, plain
+from megatron_jam.weights.reference import reference_logits
+from tests.helpers.commands import fails, tool
+from tests.helpers.metaseq import save, settings_of, state_dict
+from tests.helpers.pico import pico_config, pico_source, pico_tensors
+
+CONFIGS = {
+    "opt": pico_config("tower", bias=True, affine_norm=True),
+    "cm3leon": pico_config("tower", activation="gelu", ffn_size=96),
+    "swiglu": pico_config("tower", activation="silu", gated=True, ffn_size=80),
+    "cross": pico_config("cross"),
+    "cross-opt": pico_config("cross", bias=True, affine_norm=True),
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "one file": {},
+    "apart": {"packed": False},
+    "legacy": {"_use_new_zipfile_serialization": False},
+    "parts": {"parts": 2, "padded": 14},
+    "shards": {"shards": 3, "padded": 6},
+    "parts of shards": {"parts": 4, "shards": 12},
+}
+
+
+def tensors_of(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Random fp16 tensors that metaseq can hold: no biases in the bridges' attention."""
+    tensors = {name: value.half() for name, value in pico_tensors(config).items()}
+    for name in tensors:
+        if name.startswith("bridges.") and ".attention." in name and name.endswith("bias"):
+            tensors[name].zero_()
+    return tensors
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_form_gives_the_same_tensors(kind: str, form: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIGS[kind], text_ids=[0, 0], vocab_size=320 + 2)
+    tensors = tensors_of(config)
+    pattern = save(tmp_path / "in", config, tensors, **FORMS[form])
+    certificate = Conversion(pattern, pico_source(tmp_path)).write(tmp_path / "out")
+    folder = WeightsFolder(tmp_path / "out")
+    assert folder.config == config
+    assert folder.names == list(tensors)
+    for name, value in tensors.items():
+        assert torch.equal(folder.read(name), value), name
+    assert certificate["largest_difference"] == 0
+    assert folder.provenance["certificate"]["same_likeliest"] == 1
+    assert len(folder.provenance["files"]) == len(list((tmp_path / "in").iterdir()))
+
+
+def test_logits_are_those_of_transformers(tmp_path: Path) -> None:
+    """OPT's tensors under metaseq's names, as its published files hold them."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 128, "num_hidden_layers": 2}
+    settings = OPTConfig(
+        vocab_size=328, word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.0, **sizes
+    )
+    model = OPTForCausalLM(settings).eval()
+    whole = {}
+    for key, tensor in model.state_dict().items():
+        name = key.replace("model.decoder.final_layer_norm", "decoder.layer_norm")
+        whole[name.removeprefix("model.").replace("lm_head", "decoder.output_projection")] = tensor
+    config = pico_config("tower", num_layers=2, bias=True, affine_norm=True)
+    values = {"cfg": settings_of(config), "model": OrderedDict(whole)}
+    torch.save(values, tmp_path / "reshard.pt")
+    Conversion(str(tmp_path / "reshard.pt"), pico_source(tmp_path)).write(tmp_path / "out")
+    folder = WeightsFolder(tmp_path / "out")
+    tokens = torch.randint(4, 300, (2, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(tokens).logits[..., :322]
+    assert (reference_logits(folder.config, folder.read, tokens) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("how", ["omegaconf", "args", "plain"])
+def test_settings_in_every_class_that_held_them(how: str, tmp_path: Path) -> None:
+    config = CONFIGS["cm3leon"]
+    known = vars(settings_of(config)["model"])
+    saved: dict[str, Any] = {
+        "omegaconf": {"cfg": OmegaConf.create({"model": known, "layers": [1, 2]})},
+        "args": {"args": Namespace(**known), "cfg": None},
+        "plain": {"cfg": {"model": known}},
+    }[how]
+    whole = OrderedDict(state_dict(config, tensors_of(config)))
+    torch.save({**saved, "model": whole}, tmp_path / "a.pt", pickle_protocol=2)
+    found = Conversion(str(tmp_path / "a.pt"), pico_source(tmp_path)).config
+    assert found.towers == config.towers
+
+
+class Hostile:
+    """Pickled as a call."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Any, tuple]:
+        return self.call
+
+
+class Unknown:
+    """A class that is no part of any checkpoint."""
+
+
+HOSTILE = {
+    "posix.system": Hostile(os.system, "touch HACKED"),
+    "builtins.eval": Hostile(eval, "open('HACKED', 'w')"),
+    "builtins.exec": Hostile(exec, "open('HACKED', 'w')"),
+    "builtins.getattr": Hostile(getattr, "text", "upper"),
+    "test_metaseq.Unknown": Unknown(),
+    "torch.load": Hostile(torch.load, "HACKED"),
+    "pickle.loads": Hostile(pickle.loads, b"x"),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("place", ["cfg", "model", "extra_state"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_and_run_nothing(
+    name: str, place: str, zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {"cfg": {}, "model": {"decoder.version": torch.ones(1)}, "extra_state": {}}
+    values[place] = {"deep": [HOSTILE[name]]}
+    torch.save(values, "a.pt", _use_new_zipfile_serialization=zipped, pickle_protocol=2)
+    with pytest.raises(UsageError, match=f"a.pt names .*{name.split('.')[-1]}.* is refused"):
+        TorchFile(Path("a.pt"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt"]
+
+
+def test_names_with_dots_reach_nothing(tmp_path: Path) -> None:
+    """Protocol 4 may name an attribute of an attribute; the stand-ins have none to give."""
+    code = b"\x80\x04\x8c\x0eomegaconf.base\x8c\x16Any.__init__.__globals\x93."
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", code)
+    with pytest.raises(UsageError, match="is refused"):
+        TorchFile(tmp_path / "a.pt")
+
+
+def test_numpy_values_are_kept_out_of_the_way(tmp_path: Path) -> None:
+    import numpy as np
+
+    values = {"loss": np.float64(1.5), "cache": np.arange(3), "model": {"a": torch.ones(2)}}
+    torch.save(values, tmp_path / "a.pt", pickle_protocol=2)
+    file = TorchFile(tmp_path / "a.pt")
+    assert torch.equal(file.values["model"]["a"].read(), torch.ones(2))
+    assert plain(file.values["loss"]) is None
+
+
+def test_views_and_shared_storages(tmp_path: Path) -> None:
+    base = torch.arange(24.0).view(4, 6)
+    values = {"all": base, "turned": base.t(), "part": base[1:3, 2:], "empty": base[:0]}
+    for zipped in (True, False):
+        torch.save(values, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        file = TorchFile(tmp_path / "a.pt")
+        for name, value in values.items():
+            assert torch.equal(file.values[name].read(), value), name
+            assert file.values[name].shape == tuple(value.shape)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("left", [0, 100, 20_000, -1])
+def test_a_damaged_file_is_named(left: int, zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    values = {"model": {"a": torch.ones(9000)}}
+    torch.save(values, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:left])
+    with pytest.raises(UsageError, match=r"a\.pt is no file of torch\.save, or is damaged"):
+        TorchFile(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a-model_part-0.pt", "a-model_part-2.pt"], "1 are missing, .* part 1, shard 0"),
+        (["a-shard0.pt", "a-shard1.pt", "a-shard10.pt"], "8 are missing, .* shard 2"),
+        (
+            ["a-model_part-0-shard0.pt", "a-model_part-0-shard1.pt", "a-model_part-1-shard0.pt"],
+            "1 are missing, .* part 1, shard 1",
+        ),
+        (["a-model_part-0.pt", "a.pt"], "the same part"),
+        (["a-model_part-0-shard0.pt", "a-model_part-1.pt"], "mixes whole files with parts"),
+        (["a.pt", "b.pt"], r"several checkpoints \(a, b\): name one"),
+        (["a.txt"], "no checkpoint"),
+    ],
+)
+def test_gaps_and_mixed_runs_are_named(names: list[str], message: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match=message):
+        find_parts(str(tmp_path))
+
+
+def test_parts_are_in_numeric_order(tmp_path: Path) -> None:
+    for part in range(12):
+        (tmp_path / f"reshard-model_part-{part}.pt").touch()
+    found = [path.name for (path,) in find_parts(str(tmp_path / "reshard*"))]
+    assert found == [f"reshard-model_part-{part}.pt" for part in range(12)]
+
+
+def test_a_missing_last_shard_or_part_is_noticed(tmp_path: Path) -> None:
+    config = CONFIGS["opt"]
+    for name, form, message in (
+        ("shard", {"shards": 3}, "hold .* numbers of .* are due: a shard is missing"),
+        ("part", {"parts": 2}, "a part may be missing|name the tokenizer of this model"),
+    ):
+        pattern = save(tmp_path / name, config, tensors_of(config), **form)
+        sorted((tmp_path / name).iterdir())[-1].unlink()
+        with pytest.raises(UsageError, match=message):
+            Conversion(pattern, pico_source(tmp_path))
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "key": (lambda m, s: m.update({"decoder.extra": torch.ones(1)}), "has decoder.extra, which no"),
+    "350m": (
+        lambda m, s: m.update({"decoder.project_in_dim.weight": torch.ones(1)}),
+        "no embeddings of another width .OPT-350M.",
+    ),
+    "post-norm": (
+        lambda m, s: setattr(s["model"], "decoder_normalize_before", False),
+        "norms behind each block",
+    ),
+    "scaled": (lambda m, s: setattr(s["model"], "no_scale_embedding", False), "scaled embeddings"),
+    "activation": (
+        lambda m, s: setattr(s["model"], "activation_fn", "relu_squared"),
+        "relu_squared",
+    ),
+    "heads": (lambda m, s: delattr(s["model"], "decoder_attention_heads"), "add --num_heads"),
+    "layer": (
+        lambda m, s: [m.pop(k) for k in list(m) if ".layers.1." in k],
+        "layer 1 of the decoder is missing",
+    ),
+    "tensor": (lambda m, s: m.pop("decoder.layers.2.fc2.weight"), "nothing that gives layers.2"),
+    "shape": (
+        lambda m, s: m.update({"decoder.layers.2.fc2.weight": torch.ones(3, 3)}),
+        r"has shape \[3, 3\], but layers.2.main.ffn.fc2.weight is \[32, 128\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_does_not_fit_is_named(change: str, tmp_path: Path) -> None:
+    config = CONFIGS["opt"]
+    model, settings = state_dict(config, tensors_of(config)), settings_of(config)
+    alter, message = CHANGES[change]
+    alter(model, settings)
+    torch.save({"cfg": settings, "model": model}, tmp_path / "a.pt")
+    with pytest.raises(UsageError, match=message):
+        Conversion(str(tmp_path / "a.pt"), pico_source(tmp_path))
+
+
+def test_parts_that_differ_in_what_they_share_are_refused(tmp_path: Path) -> None:
+    config = CONFIGS["opt"]
+    pattern = save(tmp_path / "in", config, tensors_of(config), parts=2)
+    path = tmp_path / "in/checkpoint_3-model_part-1.pt"
+    values = torch.load(path, weights_only=False)
+    values["model"]["decoder.layer_norm.bias"] += 1
+    torch.save(values, path)
+    with pytest.raises(UsageError, match=r"differ in decoder\.layer_norm\.bias"):
+        Conversion(pattern, pico_source(tmp_path)).write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_names_every_key_and_writes_nothing(tmp_path: Path) -> None:
+    config = CONFIGS["opt"]
+    pattern = save(tmp_path / "in", config, tensors_of(config), parts=2, padded=2)
+    source = pico_source(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ("--input", pattern, "--tokenizer", str(source))
+    done = tool("convert_metaseq", *arguments, "--plan", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[0] == ["key", "shape", "action", "becomes"]
+    keys = {line[0] for line in lines[1:]}
+    assert keys == set(
+        torch.load(tmp_path / "in/checkpoint_3-model_part-0.pt", weights_only=False)["model"]
+    )
+    joined = next(line for line in done.stdout.splitlines() if "embed_tokens" in line)
+    assert "324 x 32" in joined
+    assert "join rows of 2 parts, drop 2 rows" in joined
+    assert sorted(tmp_path.rglob("*")) == before
+    done = tool("convert_metaseq", *arguments, "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "out/provenance.json").read_text())
+    assert made["certificate"]["largest_difference"] == 0
+    fails(tool("convert_metaseq", *arguments, cwd=tmp_path), "name the --output to write")
+    fails(tool("convert_metaseq", "--input", "none", cwd=tmp_path), "no vocabulary at .*")
