@@ -195,9 +195,8 @@ class FolderWriter:
         assert name == expected, f"{name} written where {expected} was planned"
         assert tuple(tensor.shape) == self._shapes[name], f"{name}: shape {tuple(tensor.shape)}"
         data = tensor.detach().to("cpu", self._dtype).contiguous()
-        raw = memoryview(data.view(torch.uint8).numpy().reshape(-1))
-        self._hashes[name] = hashlib.sha256(raw).hexdigest()
-        file.write(raw)
+        self._hashes[name] = tensor_sha256(data)
+        file.write(_bytes_of(data))
 
     def read_back(self, name: str) -> Tensor:
         """A tensor as it was written; after the last was."""
@@ -224,6 +223,15 @@ class FolderWriter:
 
     def _file_name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{len(self._files):05d}.safetensors"
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Hex digest of a contiguous tensor's bytes."""
+    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy().reshape(-1))
 
 
 def _plan(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:

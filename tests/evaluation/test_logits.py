@@ -1,0 +1,86 @@
+"""A folder's logits are the plain reference's under every layout."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.evaluation.logits import folder_logits
+from megatron_jam.parallel.world import World
+from megatron_jam.weights.folder import WeightsFolder
+from megatron_jam.weights.reference import reference_logits
+from tests.helpers.commands import fails, tool
+from tests.helpers.pico import LLAMA, pico_config, pico_folder
+from tests.helpers.pool import WorkerPool
+
+LAYOUTS = {
+    "one": (ParallelConfig(), 1),
+    "tp4": (ParallelConfig(tensor=4, sequence=True), 1),
+    "pp2": (ParallelConfig(pipeline=2), 1),
+    "pp2-interleaved": (ParallelConfig(pipeline=2, interleave=2), 1),
+    "tp2-pp2-dp2": (ParallelConfig(tensor=2, pipeline=2), 2),
+}
+IDS = np.random.default_rng(0).integers(0, 322, size=(3, 20))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A JAM-Cross, and a Llama whose rows TP 4 does not divide."""
+    root = tmp_path_factory.mktemp("logits")
+    configs = {"cross": pico_config("cross", bias=True), "llama": pico_config("tower", **LLAMA)}
+    return {n: pico_folder(root / n, c, dtype=torch.float32) for n, c in configs.items()}
+
+
+def compute(world: World, path: Path) -> np.ndarray | None:
+    return folder_logits(path, IDS, world)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["cross", "llama"])
+def test_equal_the_reference(
+    kind: str, layout: str, folders: dict[str, Path], pool: WorkerPool
+) -> None:
+    parallel, data = LAYOUTS[layout]
+    found, *others = pool.run(compute, parallel, folders[kind], data=data)
+    assert others == [None] * len(others)
+    folder = WeightsFolder(folders[kind])
+    due = reference_logits(folder.config, folder.read, torch.from_numpy(IDS)).numpy()
+    assert found.dtype == np.float32
+    assert found.shape == (3, 20, 322)
+    assert np.abs(found - due).max() < 1e-4 * np.abs(due).max()
+
+
+def test_the_command_writes_them(folders: dict[str, Path], tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", IDS)
+    arguments = (str(folders["llama"]), "--ids", "ids.npy", "--out", "out.npy")
+    done = tool("logits", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = WeightsFolder(folders["llama"])
+    due = reference_logits(folder.config, folder.read, torch.from_numpy(IDS)).numpy()
+    assert np.abs(np.load(tmp_path / "out.npy") - due).max() < 1e-4 * np.abs(due).max()
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (IDS[0], r"ids are int64 \[20\]; give int64 \[batch, sequence\]"),
+        (IDS.astype(np.int32), r"ids are int32 \[3, 20\]"),
+        (IDS + 300, "ids reach from 3.. to .*; .* knows 0 to 321"),
+        (np.zeros((1, 65), dtype=np.int64), "ids have 65 positions; .* has max_positions 64"),
+    ],
+)
+def test_ids_that_the_model_cannot_read(
+    ids: np.ndarray, message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "ids.npy", ids)
+    arguments = (str(folders["llama"]), "--ids", "ids.npy", "--out", "out.npy")
+    fails(tool("logits", *arguments, cwd=tmp_path), message)
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_a_file_that_is_no_array(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "ids.npy").write_text("no array")
+    arguments = (str(folders["llama"]), "--ids", "ids.npy", "--out", "out.npy")
+    fails(tool("logits", *arguments, cwd=tmp_path), "ids.npy is no .npy array")

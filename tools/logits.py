@@ -1,0 +1,53 @@
+"""Write a weights folder's logits for given token ids."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from megatron_jam.config.cli import run_command
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import publish, temporary_name
+from megatron_jam.config.log import logger
+from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.evaluation.logits import folder_logits
+from megatron_jam.parallel.device import DTYPES
+from megatron_jam.parallel.world import start_world, stop_world
+
+
+def main(
+    weights: Path,
+    *,
+    ids: Path | None = None,
+    out: Path | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    parallel: ParallelConfig = ParallelConfig(),
+) -> None:
+    """Compute logits, to be compared with those of another program.
+
+    Args:
+        weights: weights folder.
+        ids: .npy of token ids, int64 [batch, sequence].
+        out: .npy to write, float32 [batch, sequence, vocabulary].
+        precision: of weights and activations.
+        parallel: layout, under torchrun.
+    """
+    if ids is None or out is None:
+        raise UsageError("name the ids to read and the file to write: --ids IDS.npy --out OUT.npy")
+    try:
+        given = np.load(ids, allow_pickle=False)
+    except ValueError as error:
+        raise UsageError(f"{ids} is no .npy array: {error}") from error
+    world = start_world(parallel)
+    found = folder_logits(weights, given, world, dtype=DTYPES[precision])
+    if found is not None:
+        temporary = temporary_name(out)
+        with temporary.open("wb") as file:
+            np.save(file, found)
+        publish(temporary, out)
+        logger.info("wrote %s: %s", out, list(found.shape))
+    stop_world()
+
+
+if __name__ == "__main__":
+    run_command(main)
