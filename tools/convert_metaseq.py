@@ -7,7 +7,8 @@ from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.log import logger
 from megatron_jam.models.parameters import num_parameters
-from megatron_jam.weights.metaseq.convert import Conversion, Step
+from megatron_jam.weights.conversion import plan_as_text
+from megatron_jam.weights.metaseq.convert import read_metaseq
 
 
 def main(
@@ -34,9 +35,11 @@ def main(
     if not input:
         raise UsageError("name the checkpoint: --input FILE, FOLDER or 'PATTERN'")
     beside = Path(input) if Path(input).is_dir() else Path(input).parent
-    conversion = Conversion(input, tokenizer or beside, num_heads=num_heads, activation=activation)
+    conversion = read_metaseq(
+        input, tokenizer or beside, num_heads=num_heads, activation=activation
+    )
     if plan:
-        sys.stdout.write(as_text(conversion.steps))
+        sys.stdout.write(plan_as_text(conversion.steps))
         return
     if output is None:
         raise UsageError("name the --output to write, or look at it first with --plan")
@@ -46,20 +49,6 @@ def main(
         output,
         f"{num_parameters(conversion.config):,}",
         certificate["largest_difference"],
-    )
-
-
-def as_text(steps: list[Step]) -> str:
-    """A line for each tensor: its key and shape, what is done, and what it becomes."""
-    lines = [("key", "shape", "action", "becomes")]
-    for step in steps:
-        shape = " x ".join(map(str, step.shape))
-        lines.append((step.source or "-", shape, step.action, step.target or "-"))
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    return "".join(
-        "  ".join(each.ljust(width) for each, width in zip(line, widths, strict=False))
-        + f"  {line[3]}\n"
-        for line in lines
     )
 
 

@@ -1,19 +1,22 @@
 """Towers give the logits of transformers' OPT, Llama and Chameleon, from its own checkpoints."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.models.parameters import parameter_table
-from megatron_jam.weights.folder import FolderWriter, WeightsFolder
-from megatron_jam.weights.huggingface import hugging_face_name, model_config
+from megatron_jam.weights.folder import WeightsFolder
+from megatron_jam.weights.hf_import import read_hugging_face
+from megatron_jam.weights.huggingface import model_config
 from megatron_jam.weights.reference import reference_logits
+from tests.helpers.commands import fails, tool
 from tests.helpers.pico import pico_source, pico_vocabulary
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import whole_logits
@@ -76,22 +79,16 @@ class ChameleonText(torch.nn.Module):
         return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(states))
 
 
-def convert(model: torch.nn.Module, settings: dict[str, Any], path: Path) -> WeightsFolder:
-    """A weights folder of every tensor of `model`; none is left over."""
-    config = model_config(settings)
-    tensors = dict(model.named_parameters())
-    names = {
-        e.name: hugging_face_name(e.name, settings["model_type"]) for e in parameter_table(config)
-    }
-    assert sorted(names.values()) == sorted(tensors)
-    shapes = {entry.name: entry.shape for entry in parameter_table(config)}
-    source = pico_source(path.parent)
-    with FolderWriter(
-        path, config=config, source=source, shapes=shapes, dtype=torch.float32
-    ) as writer:
-        for name in shapes:
-            writer.write(name, tensors[names[name]].detach().reshape(shapes[name]))
-        writer.finish({"source": "transformers"})
+def convert(model: Any, settings: dict[str, Any], path: Path) -> WeightsFolder:
+    """A weights folder of every tensor of `model`, which is saved as transformers saves it."""
+    saved = path.with_name(f"{path.name}_saved")
+    if isinstance(model, ChameleonText):
+        saved.mkdir()
+        save_file(dict(model.named_parameters()), saved / "model.safetensors")
+        (saved / "config.json").write_text(json.dumps(settings))
+    else:
+        model.save_pretrained(saved, max_shard_size="100kB")
+    read_hugging_face(saved, pico_source(path.parent)).write(path)
     return WeightsFolder(path)
 
 
@@ -146,3 +143,63 @@ def test_biases_in_attention_alone_are_refused() -> None:
     assert not model_config(settings).towers["main"].bias
     with pytest.raises(UsageError, match="mlp_bias"):
         model_config({**settings, "attention_bias": True})
+
+
+def save_opt(path: Path, **settings: Any) -> Path:
+    """An OPT with more token rows than ids, in half precision."""
+    options = {**SIZES, **OPT, **settings}
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(**options)).half()
+    model.save_pretrained(path)
+    return path
+
+
+def test_padding_goes_and_the_certificate_stays(tmp_path: Path) -> None:
+    source = save_opt(tmp_path / "opt", vocab_size=SIZES["vocab_size"] + 6)
+    arguments = ("import", "opt", "out", "--tokenizer", str(pico_source(tmp_path)))
+    planned = tool("convert_hf", *arguments, "--plan", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    (line,) = [x for x in planned.stdout.splitlines() if "model.decoder.embed_tokens" in x]
+    assert line.split("  ")[-1] == "embedding.tokens.weight"
+    assert "copy, drop 6 rows" in line
+    assert not (tmp_path / "out").exists()
+    done = tool("convert_hf", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = WeightsFolder(tmp_path / "out")
+    assert folder.config.vocab_size == pico_vocabulary().size
+    assert folder.provenance["certificate"]["largest_difference"] == 0
+    rows = load_file(source / "model.safetensors")["model.decoder.embed_tokens.weight"]
+    assert torch.equal(folder.read("embedding.tokens.weight"), rows[:-6])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("extra", "has model.extra.weight, which no known model has"),
+        ("missing", "has no tensor model.decoder.layers.1.fc1.weight, which gives layers.1.main"),
+        ("shape", r"has shape \[3\], but layers.1.main.ffn.fc1.bias is \[160\]"),
+        ("dtype", "is I64, quantised or no weight"),
+        ("damaged", "is damaged"),
+        ("none", "has neither model.safetensors nor"),
+        ("tokenizer", "has 1,000 token rows, but the tokenizer has 322 ids"),
+    ],
+)
+def test_what_does_not_fit_is_named(spoil: str, message: str, tmp_path: Path) -> None:
+    source = save_opt(tmp_path / "opt", **{"vocab_size": 1000} if spoil == "tokenizer" else {})
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    if spoil == "extra":
+        tensors["model.extra.weight"] = torch.ones(2)
+    elif spoil == "missing":
+        del tensors["model.decoder.layers.1.fc1.weight"]
+    elif spoil == "shape":
+        tensors["model.decoder.layers.1.fc1.bias"] = torch.ones(3).half()
+    elif spoil == "dtype":
+        tensors["model.decoder.layers.1.fc1.bias"] = torch.ones(160, dtype=torch.int64)
+    save_file(tensors, path)
+    if spoil == "damaged":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif spoil == "none":
+        path.unlink()
+    arguments = ("import", "opt", "out", "--tokenizer", str(pico_source(tmp_path)))
+    fails(tool("convert_hf", *arguments, cwd=tmp_path), message)
+    assert not (tmp_path / "out").exists()

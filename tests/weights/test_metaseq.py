@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.weights.folder import WeightsFolder
-from megatron_jam.weights.metaseq.convert import Conversion
+from megatron_jam.weights.metaseq.convert import read_metaseq
 from megatron_jam.weights.metaseq.files import find_parts
 from megatron_jam.weights.metaseq.pickles import TorchFile, plain
 from megatron_jam.weights.reference import reference_logits
@@ -57,7 +57,7 @@ def test_every_form_gives_the_same_tensors(kind: str, form: str, tmp_path: Path)
     config = dataclasses.replace(CONFIGS[kind], text_ids=[0, 0], vocab_size=320 + 2)
     tensors = tensors_of(config)
     pattern = save(tmp_path / "in", config, tensors, **FORMS[form])
-    certificate = Conversion(pattern, pico_source(tmp_path)).write(tmp_path / "out")
+    certificate = read_metaseq(pattern, pico_source(tmp_path)).write(tmp_path / "out")
     folder = WeightsFolder(tmp_path / "out")
     assert folder.config == config
     assert folder.names == list(tensors)
@@ -85,7 +85,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path) -> None:
     config = pico_config("tower", num_layers=2, bias=True, affine_norm=True)
     values = {"cfg": settings_of(config), "model": OrderedDict(whole)}
     torch.save(values, tmp_path / "reshard.pt")
-    Conversion(str(tmp_path / "reshard.pt"), pico_source(tmp_path)).write(tmp_path / "out")
+    read_metaseq(str(tmp_path / "reshard.pt"), pico_source(tmp_path)).write(tmp_path / "out")
     folder = WeightsFolder(tmp_path / "out")
     tokens = torch.randint(4, 300, (2, 60), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_settings_in_every_class_that_held_them(how: str, tmp_path: Path) -> Non
     }[how]
     whole = OrderedDict(state_dict(config, tensors_of(config)))
     torch.save({**saved, "model": whole}, tmp_path / "a.pt", pickle_protocol=2)
-    found = Conversion(str(tmp_path / "a.pt"), pico_source(tmp_path)).config
+    found = read_metaseq(str(tmp_path / "a.pt"), pico_source(tmp_path)).config
     assert found.towers == config.towers
 
 
@@ -228,7 +228,7 @@ def test_a_missing_last_shard_or_part_is_noticed(tmp_path: Path) -> None:
         pattern = save(tmp_path / name, config, tensors_of(config), **form)
         sorted((tmp_path / name).iterdir())[-1].unlink()
         with pytest.raises(UsageError, match=message):
-            Conversion(pattern, pico_source(tmp_path))
+            read_metaseq(pattern, pico_source(tmp_path))
 
 
 CHANGES: dict[str, tuple[Any, str]] = {
@@ -267,7 +267,7 @@ def test_what_does_not_fit_is_named(change: str, tmp_path: Path) -> None:
     alter(model, settings)
     torch.save({"cfg": settings, "model": model}, tmp_path / "a.pt")
     with pytest.raises(UsageError, match=message):
-        Conversion(str(tmp_path / "a.pt"), pico_source(tmp_path))
+        read_metaseq(str(tmp_path / "a.pt"), pico_source(tmp_path))
 
 
 def test_parts_that_differ_in_what_they_share_are_refused(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_parts_that_differ_in_what_they_share_are_refused(tmp_path: Path) -> Non
     values["model"]["decoder.layer_norm.bias"] += 1
     torch.save(values, path)
     with pytest.raises(UsageError, match=r"differ in decoder\.layer_norm\.bias"):
-        Conversion(pattern, pico_source(tmp_path)).write(tmp_path / "out")
+        read_metaseq(pattern, pico_source(tmp_path)).write(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,126 @@
+"""A checkpoint folder of Hugging Face, read and planned."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_jam.config.errors import UsageError
+from megatron_jam.models.parameters import TOKENS, parameter_table
+from megatron_jam.tokenizers.vocabulary import VOCABULARY_FILE, JointVocabulary
+from megatron_jam.weights.conversion import Conversion, Step, fitted
+from megatron_jam.weights.huggingface import hugging_face_name, model_config
+from megatron_jam.weights.lazy import Lazy
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MOST_PADDING = 127
+"""Rows beyond the tokenizer's ids that a token table may have: tables are padded to multiples of
+up to 128."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_DROPPED = {
+    r"model\.vqmodel\..*": "the image tokenizer",
+    r".*rotary_emb\.inv_freq": "computed here",
+    r".*\.masked_bias|.*\.attn\.bias": "a mask",
+}
+
+
+def read_hugging_face(source: Path, tokenizer: Path) -> Conversion:
+    """Read all but the tensors of an OPT, a Llama or a Chameleon, and plan its conversion.
+
+    Args:
+        source: folder with config.json and safetensors files.
+        tokenizer: folder with the tokenizer.json and vocabulary.json of the checkpoint.
+
+    Raises:
+        UsageError: the folder is not whole, or is no model that towers here can compute.
+    """
+    vocabulary = JointVocabulary.load(tokenizer / VOCABULARY_FILE)
+    settings = _read_json(source / "config.json")
+    found = _tensors(source)
+    kind = settings.get("model_type", "")
+    rows = settings.get("vocab_size", 0)
+    config = model_config({**settings, "vocab_size": vocabulary.size})
+    steps: list[Step] = []
+    tensors: dict[str, Lazy] = {}
+    for entry in parameter_table(config):
+        key = hugging_face_name(entry.name, kind)
+        if key not in found:
+            raise UsageError(f"{source} has no tensor {key}, which gives {entry.name}")
+        whole = found.pop(key)
+        if whole.shape != entry.shape and not entry.is_vocabulary:
+            whole = _flat(whole, entry.shape)  # norms of heads lie there head by head
+        tensors[entry.name], action = fitted(
+            key, whole, entry, most_padding=MOST_PADDING, action="copy"
+        )
+        steps.append(Step(source=key, shape=whole.shape, action=action, target=entry.name))
+        if entry.name == TOKENS and whole.shape[0] != rows:
+            raise UsageError(f"{source}: config.json says vocab_size {rows}, {key} has another")
+    for key, tensor in found.items():
+        reasons = [why for form, why in _DROPPED.items() if re.fullmatch(form, key)]
+        reasons += ["tied: the token table"] if key == "lm_head.weight" and config.tied else []
+        if not reasons:
+            raise UsageError(f"{source} has {key}, which no known model has")
+        steps.append(Step(source=key, shape=tensor.shape, action=f"drop: {reasons[0]}"))
+    origin = {"made_by": "tools/convert_hf.py", "folder": str(source), "model_type": kind}
+    return Conversion(
+        config=config, tokenizer=tokenizer, tensors=tensors, steps=steps, origin=origin
+    )
+
+
+def _tensors(source: Path) -> dict[str, Lazy]:
+    """All tensors of a folder by key."""
+    if (source / INDEX).is_file():
+        names = sorted(set(_read_json(source / INDEX).get("weight_map", {}).values()))
+    elif (source / SINGLE).is_file():
+        names = [SINGLE]
+    else:
+        raise UsageError(
+            f"{source} has neither {SINGLE} nor {INDEX}: save the model with"
+            " save_pretrained(..., safe_serialization=True)"
+        )
+    found: dict[str, Lazy] = {}
+    for name in names:
+        path = source / name
+        if not path.is_file():
+            raise UsageError(f"{path} is missing: copy the whole folder")
+        try:
+            # "pt" is the package's own name for torch.
+            file = safe_open(str(path), framework="pt")
+        except SafetensorError as error:
+            raise UsageError(f"{path} is damaged ({error}): copy it again") from error
+        for key in file.keys():  # noqa: SIM118 - no mapping
+            view = file.get_slice(key)
+            if view.get_dtype() not in _DTYPES:
+                raise UsageError(f"{path}: {key} is {view.get_dtype()}, quantised or no weight")
+            found[key] = Lazy(
+                shape=tuple(view.get_shape()),
+                dtype=_DTYPES[view.get_dtype()],
+                read=partial(file.get_tensor, key),
+            )
+    return found
+
+
+def _flat(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
+    if torch.Size(tensor.shape).numel() != torch.Size(shape).numel() or len(shape) != 1:
+        return tensor
+    return Lazy(shape=shape, dtype=tensor.dtype, read=lambda: tensor.read().reshape(shape))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} is damaged: it holds no JSON object")
+    return values
