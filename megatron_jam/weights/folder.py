@@ -8,10 +8,8 @@ One tensor for each logical weight under its canonical name; never fused, sharde
 
 import hashlib
 import json
-import os
 import shutil
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,11 +23,10 @@ from megatron_jam.config.files import check_replaceable, replace_folder
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.weights.stream import INDEX, TensorStream
 
 CONFIG, VOCABULARY, TOKENIZER = "config.json", "vocabulary.json", "tokenizer.json"
-PROVENANCE, INDEX = "provenance.json", "model.safetensors.index.json"
-
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+PROVENANCE = "provenance.json"
 
 
 class WeightsFolder:
@@ -164,14 +161,11 @@ class FolderWriter:
         self.path = Path(path)
         self._part = self.path.parent / f".{self.path.name}.part"
         self._config, self._source = config, Path(source)
-        self._dtype, self._shapes = dtype, dict(shapes)
-        self._files = _plan(self._shapes, dtype.itemsize, file_bytes)
-        self._hashes: dict[str, str] = {}
+        self._stream = TensorStream(self._part, shapes, dtype, file_bytes=file_bytes)
 
     def __enter__(self) -> "FolderWriter":
         shutil.rmtree(self._part, ignore_errors=True)
         self._part.mkdir(parents=True)
-        self._queue = iter(self._steps())
         return self
 
     def __exit__(
@@ -179,89 +173,22 @@ class FolderWriter:
     ) -> None:
         shutil.rmtree(self._part, ignore_errors=True)  # renamed and gone where all went well
 
-    def _steps(self) -> Iterable[tuple[str, Any]]:
-        """Yield (name, file to append to) in order; headers go before the first tensor."""
-        for index, names in enumerate(self._files):
-            with (self._part / self._file_name(index)).open("wb") as file:
-                file.write(_header({n: self._shapes[n] for n in names}, self._dtype))
-                for name in names:
-                    yield name, file
-                file.flush()
-                os.fsync(file.fileno())
-
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor of the planned order, of its planned shape."""
-        expected, file = next(self._queue)
-        assert name == expected, f"{name} written where {expected} was planned"
-        assert tuple(tensor.shape) == self._shapes[name], f"{name}: shape {tuple(tensor.shape)}"
-        data = tensor.detach().to("cpu", self._dtype).contiguous()
-        self._hashes[name] = tensor_sha256(data)
-        file.write(_bytes_of(data))
+        self._stream.write(name, tensor)
 
     def read_back(self, name: str) -> Tensor:
         """A tensor as it was written; after the last was."""
-        assert next(self._queue, None) is None, "tensors are missing"
-        (number,) = (i for i, names in enumerate(self._files) if name in names)
-        # "pt" is the package's own name for torch.
-        with safe_open(str(self._part / self._file_name(number)), framework="pt") as file:
-            return file.get_tensor(name)
+        return self._stream.read_back(name)
 
     def finish(self, provenance: Mapping[str, Any]) -> None:
         """Write the small files and rename the folder to its name."""
-        assert next(self._queue, None) is None, "tensors are missing"
-        place = {
-            name: self._file_name(index)
-            for index, names in enumerate(self._files)
-            for name in names
-        }
+        self._stream.finish()
         self._config.save(self._part / CONFIG)
         for name in (VOCABULARY, TOKENIZER):
             shutil.copyfile(self._source / name, self._part / name)
-        _write_json(self._part / PROVENANCE, {**provenance, "sha256": self._hashes})
-        _write_json(self._part / INDEX, {"metadata": {}, "weight_map": place})
+        _write_json(self._part / PROVENANCE, {**provenance, "sha256": self._stream.hashes})
         replace_folder(self._part, self.path, marker=INDEX)
-
-    def _file_name(self, index: int) -> str:
-        return f"model-{index + 1:05d}-of-{len(self._files):05d}.safetensors"
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """Hex digest of a contiguous tensor's bytes."""
-    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy().reshape(-1))
-
-
-def _plan(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:
-    files: list[list[str]] = [[]]
-    used = 0
-    for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * itemsize
-        if files[-1] and used + size > limit:
-            files.append([])
-            used = 0
-        files[-1].append(name)
-        used += size
-    return files
-
-
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """The head of a safetensors file: length, then JSON padded to eight bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
-        entries[name] = {
-            "dtype": _DTYPES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from megatron_jam.tokenizers.vocabulary import VOCABULARY_FILE, JointVocabulary
 from megatron_jam.weights.conversion import Conversion, Step, fitted
 from megatron_jam.weights.huggingface import hugging_face_name, model_config
 from megatron_jam.weights.lazy import Lazy
+from megatron_jam.weights.stream import INDEX
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SINGLE = "model.safetensors"
 MOST_PADDING = 127
 """Rows beyond the tokenizer's ids that a token table may have: tables are padded to multiples of
 up to 128."""

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.weights.folder import WeightsFolder, tensor_sha256
+from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import check_tensors
+from megatron_jam.weights.stream import tensor_sha256
 
 
 def verify(path: Path) -> int:
