@@ -1,0 +1,97 @@
+"""What is exported loads in transformers and gives the same logits."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_jam.config.fusion import FusionRecipe
+from megatron_jam.config.model import ModelConfig
+from megatron_jam.fusion.fuse import fuse
+from megatron_jam.weights.folder import WeightsFolder
+from megatron_jam.weights.hf_export import export_hugging_face
+from megatron_jam.weights.hf_import import read_hugging_face
+from megatron_jam.weights.reference import reference_logits
+from tests.helpers.commands import fails, tool
+from tests.helpers.pico import LLAMA, pico_config, pico_folder, pico_tokenizer
+
+CONFIGS = {
+    "opt": pico_config("tower", bias=True, affine_norm=True),
+    "cm3leon": pico_config("tower", activation="gelu", ffn_size=96),
+    "llama": pico_config("tower", **LLAMA),
+    "llama-untied": dataclasses.replace(pico_config("tower", **LLAMA, bias=True), tied=False),
+}
+TOKENS = torch.randint(4, 322, (2, 60), generator=torch.Generator().manual_seed(0))
+
+
+def check(weights: Path, exported: Path) -> None:
+    """transformers' logits are the reference's, and the way back is the identity."""
+    certificate = export_hugging_face(weights, exported)
+    assert certificate["largest_difference"] == 0
+    made = json.loads((exported / "provenance.json").read_text())
+    assert made["certificate"] == certificate
+    model = AutoModelForCausalLM.from_pretrained(exported).eval().float()
+    folder = WeightsFolder(weights)
+    with torch.no_grad():
+        found = model(TOKENS).logits
+    due = reference_logits(folder.config, lambda name: folder.read(name).float(), TOKENS)
+    assert due.std() > 0.1
+    assert (found - due).abs().max() < 1e-4
+    back = read_hugging_face(exported, weights)
+    for name in folder.names:
+        assert torch.equal(back.tensors[name].read(), folder.read(name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_transformers_gives_the_same_logits(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    check(pico_folder(tmp_path / "w", CONFIGS[kind], dtype=dtype), tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("uniform", {}), ("width", {"fill": "copy"}), ("width", {"fill": "average"})],
+)
+def test_fusions_of_one_tower_leave_as_stock_models(
+    method: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("text", "image")):
+        pico_folder(tmp_path / name, CONFIGS["opt"], seed=seed, dtype=torch.float32, scale=0.1)
+    paths = {name: tmp_path / name for name in ("text", "image")}
+    fuse(FusionRecipe(method=method, output=tmp_path / "child", **paths, **settings))
+    check(tmp_path / "child", tmp_path / "hf")
+
+
+def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
+    weights = pico_folder(tmp_path / "w", CONFIGS["opt"], dtype=torch.float32)
+    done = tool("convert_hf", "export", str(weights), "hf", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "a strawberry is a sweet red fruit"
+    assert tokenizer(text, add_special_tokens=False).input_ids == pico_tokenizer().encode(text)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (pico_config("cross"), "no model of two towers: take one out with tools/unfuse.py"),
+        (
+            pico_config("tower", **LLAMA, qk_norm=True),
+            "no OPT has positions rope, norm rms, .*qk_norm; no Llama has qk_norm",
+        ),
+        (
+            pico_config("tower", norm_epsilon=1e-6),
+            "no OPT has norm_epsilon 1e-06; no Llama has learned positions",
+        ),
+    ],
+)
+def test_what_has_no_stock_model(config: ModelConfig, message: str, tmp_path: Path) -> None:
+    weights = pico_folder(tmp_path / "w", config, dtype=torch.float32)
+    before = sorted(tmp_path.iterdir())
+    fails(tool("convert_hf", "export", str(weights), "hf", cwd=tmp_path), message)
+    assert sorted(tmp_path.iterdir()) == before
