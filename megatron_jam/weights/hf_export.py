@@ -94,8 +94,8 @@ def hugging_face_settings(config: ModelConfig, vocabulary: JointVocabulary) -> d
         "eos_token_id": vocabulary.eos,
         "pad_token_id": vocabulary.pad,
     }
-    like_opt, like_llama = _unlike_opt(tower, config), _unlike_llama(tower)
-    if not like_opt:
+    unlike_opt, unlike_llama = _unlike_opt(tower, config), _unlike_llama(tower)
+    if not unlike_opt:
         return {
             "model_type": "opt",
             "architectures": ["OPTForCausalLM"],
@@ -108,7 +108,7 @@ def hugging_face_settings(config: ModelConfig, vocabulary: JointVocabulary) -> d
             "layer_norm_elementwise_affine": tower.affine_norm,
             "dropout": 0.0,
         }
-    if not like_llama:
+    if not unlike_llama:
         return {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
@@ -123,7 +123,7 @@ def hugging_face_settings(config: ModelConfig, vocabulary: JointVocabulary) -> d
         }
     raise UsageError(
         f"neither OPT nor Llama of Hugging Face computes this tower: no OPT has"
-        f" {', '.join(like_opt)}; no Llama has {', '.join(like_llama)}"
+        f" {', '.join(unlike_opt)}; no Llama has {', '.join(unlike_llama)}"
     )
 
 
