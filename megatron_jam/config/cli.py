@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from inspect import cleandoc
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,9 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = 
     """
     configure_logging()
     with one_line_errors():
-        parser = ArgumentParser(description=function.__doc__, exit_on_error=False)
+        # Its Args are said option by option.
+        about = cleandoc(function.__doc__ or "").split("\n\nArgs:")[0]
+        parser = ArgumentParser(description=about, exit_on_error=False)
         parser.add_function_arguments(function, as_group=False, as_positional=True)
         parsed = parser.instantiate_classes(parse(parser, arguments))
         function(**vars(parsed) if isinstance(parsed, Namespace) else parsed)

@@ -74,3 +74,20 @@ def test_other_options_want_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run_command(command, ["--pairs"])
     assert "pairs" in capsys.readouterr().err
+
+
+def greet(name: str) -> None:
+    """Say hello.
+
+    Args:
+        name: who is greeted.
+    """
+
+
+def test_help_says_each_argument_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command(greet, ["--help"])
+    text = capsys.readouterr().out
+    assert "Say hello." in text
+    assert "Args:" not in text
+    assert text.count("who is greeted") == 1
