@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_jam.config.cli import run_command
+from megatron_jam.config.errors import UsageError
 from megatron_jam.config.log import logger
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.models.parameters import num_parameters
@@ -32,6 +33,8 @@ def main(
             lie with its files.
         plan: print what becomes of every imported tensor, and write nothing.
     """
+    if direction == "export" and (plan or tokenizer):
+        raise UsageError("--plan and --tokenizer are for import")
     if direction == "export":
         report(output, WeightsFolder(source).config, export_hugging_face(source, output))
         return

@@ -4,13 +4,13 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from itertools import groupby
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import read_settings
+from megatron_jam.config.files import read_json, read_settings
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.models.parameters import num_parameters
@@ -130,7 +130,7 @@ def read_model(path: Path, vocab_size: int) -> ModelConfig:
     """The model in a YAML or JSON file or a weights folder."""
     path = path / CONFIG if path.is_dir() else path
     # JSON writes 1e-05, which YAML reads as text.
-    values = _read_json(path) if path.suffix == ".json" else read_settings(path)
+    values = read_json(path) if path.suffix == ".json" else read_settings(path)
     if vocab_size:
         values["vocab_size"] = vocab_size
     if "towers" not in values:
@@ -138,16 +138,6 @@ def read_model(path: Path, vocab_size: int) -> ModelConfig:
     if "vocab_size" not in values:
         raise UsageError(f"{path} has no vocab_size: add --vocab_size, the tokenizer's ids")
     return ModelConfig.from_dict(values)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no settings")
-    return values
 
 
 def as_text(layout: dict[str, Any]) -> str:

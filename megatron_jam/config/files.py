@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all; YAML files of settings."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,22 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds no settings; write one `name: value` a line")
     return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a :class:`UsageError` if it holds anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} is damaged: it holds no JSON object")
+    return values
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON to a file that nobody reads yet."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_text_atomically(path: Path | str, text: str) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import check_replaceable, replace_folder
+from megatron_jam.config.files import check_replaceable, read_json, replace_folder, write_json
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
@@ -41,7 +41,7 @@ class WeightsFolder:
         self.path = Path(path)
         if not (self.path / INDEX).is_file():
             raise UsageError(f"{path} is not a weights folder: it has no {INDEX}")
-        self.config = ModelConfig.from_dict(_read_json(self.path / CONFIG))
+        self.config = ModelConfig.from_dict(read_json(self.path / CONFIG))
         self.vocabulary = JointVocabulary.load(self.path / VOCABULARY)
         if self.vocabulary.size != self.config.vocab_size:
             raise UsageError(
@@ -53,9 +53,9 @@ class WeightsFolder:
                 f"{path}: {CONFIG} says text_ids {self.config.text_ids}, but {VOCABULARY} has"
                 f" {list(self.vocabulary.text)}; take both from the same model"
             )
-        self.provenance = _read_json(self.path / PROVENANCE)
+        self.provenance = read_json(self.path / PROVENANCE)
         self._files: dict[str, Any] = {}
-        self._place = _read_json(self.path / INDEX).get("weight_map", {})
+        self._place = read_json(self.path / INDEX).get("weight_map", {})
 
     @property
     def names(self) -> list[str]:
@@ -187,19 +187,5 @@ class FolderWriter:
         self._config.save(self._part / CONFIG)
         for name in (VOCABULARY, TOKENIZER):
             shutil.copyfile(self._source / name, self._part / name)
-        _write_json(self._part / PROVENANCE, {**provenance, "sha256": self._stream.hashes})
+        write_json(self._part / PROVENANCE, {**provenance, "sha256": self._stream.hashes})
         replace_folder(self._part, self.path, marker=INDEX)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} is damaged: it holds no JSON object")
-    return values
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

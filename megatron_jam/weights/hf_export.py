@@ -1,6 +1,5 @@
 """A weights folder as a checkpoint folder of Hugging Face: a stock OPT or Llama."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import check_replaceable, replace_folder
+from megatron_jam.config.files import check_replaceable, replace_folder, write_json
 from megatron_jam.config.model import MAIN, ModelConfig, TowerConfig
 from megatron_jam.models.parameters import parameter_table
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
@@ -53,11 +52,11 @@ def export_hugging_face(source: Path, output: Path) -> dict[str, Any]:
         for name, key in names.items():
             stream.write(key, folder.read(name))
         stream.finish()
-        _write_json(part / "config.json", settings)
-        _write_json(part / "tokenizer_config.json", _tokenizer_settings())
+        write_json(part / "config.json", settings)
+        write_json(part / "tokenizer_config.json", _tokenizer_settings())
         shutil.copyfile(folder.tokenizer_path, part / TOKENIZER)
         certificate = _certificate(folder, part)
-        _write_json(
+        write_json(
             part / PROVENANCE,
             {
                 "made_by": "tools/convert_hf.py",
@@ -172,7 +171,3 @@ def _certificate(folder: WeightsFolder, made: Path) -> dict[str, Any]:
         return back.tensors[name].read()
 
     return certify(folder.config, folder.read, result)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,15 +1,14 @@
 """A checkpoint folder of Hugging Face, read and planned."""
 
-import json
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import read_json
 from megatron_jam.models.parameters import TOKENS, parameter_table
 from megatron_jam.tokenizers.vocabulary import VOCABULARY_FILE, JointVocabulary
 from megatron_jam.weights.conversion import Conversion, Step, fitted
@@ -46,7 +45,7 @@ def read_hugging_face(source: Path, tokenizer: Path) -> Conversion:
         UsageError: the folder is not whole, or is no model that towers here can compute.
     """
     vocabulary = JointVocabulary.load(tokenizer / VOCABULARY_FILE)
-    settings = _read_json(source / "config.json")
+    settings = read_json(source / "config.json")
     found = _tensors(source)
     kind = settings.get("model_type", "")
     rows = settings.get("vocab_size", 0)
@@ -81,7 +80,7 @@ def read_hugging_face(source: Path, tokenizer: Path) -> Conversion:
 def _tensors(source: Path) -> dict[str, Lazy]:
     """All tensors of a folder by key."""
     if (source / INDEX).is_file():
-        names = sorted(set(_read_json(source / INDEX).get("weight_map", {}).values()))
+        names = sorted(set(read_json(source / INDEX).get("weight_map", {}).values()))
     elif (source / SINGLE).is_file():
         names = [SINGLE]
     else:
@@ -115,13 +114,3 @@ def _flat(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
     if torch.Size(tensor.shape).numel() != torch.Size(shape).numel() or len(shape) != 1:
         return tensor
     return Lazy(shape=shape, dtype=tensor.dtype, read=lambda: tensor.read().reshape(shape))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} is damaged: it holds no JSON object")
-    return values

@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_jam.config.files import write_json
+
 INDEX = "model.safetensors.index.json"
 """Which file holds which tensor."""
 
@@ -70,8 +72,7 @@ class TensorStream:
             for index, names in enumerate(self._files)
             for name in names
         }
-        text = json.dumps({"metadata": {}, "weight_map": place}, indent=2)
-        (self._folder / INDEX).write_text(text + "\n", encoding="utf-8")
+        write_json(self._folder / INDEX, {"metadata": {}, "weight_map": place})
 
     def read_back(self, name: str) -> Tensor:
         """A tensor as it was written; after the last was."""

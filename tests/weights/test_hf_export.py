@@ -76,6 +76,12 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 2)
 
 
+def test_options_of_the_import_alone_are_refused(tmp_path: Path) -> None:
+    weights = pico_folder(tmp_path / "w", CONFIGS["opt"], dtype=torch.float32)
+    arguments = ("export", str(weights), "hf", "--plan")
+    fails(tool("convert_hf", *arguments, cwd=tmp_path), "--plan and --tokenizer are for import")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

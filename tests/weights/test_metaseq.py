@@ -282,6 +282,36 @@ def test_parts_that_differ_in_what_they_share_are_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+def alter(path: Path, change: Any) -> None:
+    values = torch.load(path, weights_only=False)
+    torch.save(change(values), path)
+
+
+def cut_positions(values: dict) -> dict:
+    table = values["model"]["decoder.embed_positions.weight"]
+    values["model"]["decoder.embed_positions.weight"] = table[:-1].clone()
+    return values
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ({"parts": 2}, lambda v: [v], "part-1.*holds no `model`"),
+        ({"parts": 2}, cut_positions, "they are not parts of one checkpoint"),
+        ({"shards": 2}, lambda v: {**v, "shard_metadata": {}}, "lacks flat_param_0|not what FSDP"),
+        ({"shards": 2}, lambda v: {**v, "shard_metadata": [1]}, "shard_metadata is not what FSDP"),
+    ],
+)
+def test_a_spoilt_last_file_is_named(
+    form: dict[str, int], change: Any, message: str, tmp_path: Path
+) -> None:
+    config = CONFIGS["opt"]
+    pattern = save(tmp_path / "in", config, tensors_of(config), **form)
+    alter(sorted((tmp_path / "in").iterdir())[-1], change)
+    with pytest.raises(UsageError, match=message):
+        read_metaseq(pattern, pico_source(tmp_path))
+
+
 def test_the_plan_names_every_key_and_writes_nothing(tmp_path: Path) -> None:
     config = CONFIGS["opt"]
     pattern = save(tmp_path / "in", config, tensors_of(config), parts=2, padded=2)

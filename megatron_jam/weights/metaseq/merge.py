@@ -47,11 +47,12 @@ def read_parts(parts: Sequence[Sequence[Path]]) -> tuple[dict[str, Any], list[Wh
         UsageError: files do not fit each other, or cannot be read; the message names them.
     """
     read = [[TorchFile(path) for path in shards] for shards in parts]
+    for file in (file for shards in read for file in shards):
+        if not isinstance(file.values, dict) or not isinstance(file.values.get("model"), dict):
+            raise UsageError(f"{file.path} holds no `model`: it is no checkpoint of metaseq")
     first = read[0][0]
-    if not isinstance(first.values, dict) or not isinstance(first.values.get("model"), dict):
-        raise UsageError(f"{first.path} holds no `model`: it is no checkpoint of metaseq")
     settings = plain(first.values.get("cfg") or {"model": first.values.get("args") or {}})
-    tensors = [_part(shards) for shards in read]
+    tensors = [_whole_part(shards) for shards in read]
     for shards, held in zip(read, tensors, strict=True):
         if held.keys() != tensors[0].keys():
             (key, *_) = sorted(held.keys() ^ tensors[0].keys())
@@ -61,6 +62,18 @@ def read_parts(parts: Sequence[Sequence[Path]]) -> tuple[dict[str, Any], list[Wh
     for key in tensors[0]:
         wholes += _merge(key, [held[key] for held in tensors], names)
     return settings, wholes
+
+
+def _whole_part(shards: Sequence[TorchFile]) -> dict[str, Lazy]:
+    try:
+        return _part(shards)
+    except UsageError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise UsageError(
+            f"{shards[0].path}: its shard_metadata is not what FSDP writes"
+            f" ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _part(shards: Sequence[TorchFile]) -> dict[str, Lazy]:
@@ -143,6 +156,8 @@ def _stretch(pieces: Sequence[Lazy], start: int, stop: int, shape: tuple[int, ..
 def _merge(key: str, parts: Sequence[Lazy], names: Sequence[str]) -> list[Whole]:
     """One tensor of all parts; of packed keys, values and queries three."""
     count = len(parts)
+    joins = 0 if _ROWS.fullmatch(key) or _PACKED.fullmatch(key) else None
+    _check_alike(key, parts, names, 1 if _COLUMNS.fullmatch(key) else joins)
     if packed := _PACKED.fullmatch(key):
         # Each part stacks its own rows of k, v and q, in this order.
         return [
@@ -164,6 +179,18 @@ def _merge(key: str, parts: Sequence[Lazy], names: Sequence[str]) -> list[Whole]
         read=partial(_same, key, parts, names),
     )
     return [Whole(key=key, source=key, action="copy", tensor=copied)]
+
+
+def _check_alike(key: str, parts: Sequence[Lazy], names: Sequence[str], joins: int | None) -> None:
+    """Raise UsageError unless parts have one shape, but for the dimension along which they join."""
+    for part, name in zip(parts, names, strict=True):
+        pairs = list(enumerate(zip(part.shape, parts[0].shape, strict=False)))
+        alike = all(a == b for dim, (a, b) in pairs if dim != joins)
+        if len(part.shape) != len(parts[0].shape) or not alike:
+            raise UsageError(
+                f"{names[0]} and {name} hold {key} as {list(parts[0].shape)} and"
+                f" {list(part.shape)}: they are not parts of one checkpoint"
+            )
 
 
 def _third(packed: Lazy, place: int) -> Lazy:
