@@ -69,16 +69,11 @@ def test_a_run_with_nothing_to_train_is_refused(
     bare = dataclasses.replace(SEPARATE, bridges=BridgeConfig(every=0))
     path = pico_folder(tmp_path / "bare", bare, dtype=torch.float32)
     values = settings((path, material[1]), tmp_path / "run", ParallelConfig())
-    for frozen, message in (
-        (["image", "text"], "which leaves nothing to train"),
-        (["text"], ""),
-    ):
-        changed = {**values, "freeze": frozen, "steps": 1}
-        if message:
-            with pytest.raises(RuntimeError, match=message):
-                pool.run(run_training, ParallelConfig(), changed)
-        else:
-            pool.run(run_training, ParallelConfig(), changed)
+    values["steps"] = 1
+    with pytest.raises(RuntimeError, match="which leaves nothing to train"):
+        pool.run(run_training, ParallelConfig(), {**values, "freeze": ["image", "text"]})
+    pool.run(run_training, ParallelConfig(), {**values, "freeze": ["text"]})
+    assert len(losses(tmp_path / "run")) == 1
 
 
 # With both towers frozen and one late bridge the first of two stages has nothing to train.
