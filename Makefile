@@ -8,7 +8,7 @@ STAMP := .venv/.megatron_jam
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup test test-newest quickstart lint format clean
+.PHONY: setup test test-slow test-newest quickstart lint format clean
 
 setup: $(STAMP)
 
@@ -26,7 +26,10 @@ $(STAMP): setup.py pyproject.toml $(CSRC) | $(BIN)/pip
 
 # Without the GPUs, if there are any: the tests compare CPU ranks on gloo.
 test: setup lint
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --durations=10
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" --durations=10
+
+test-slow: setup
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" --timeout 1200
 
 # The newest Megatron-Core, which wants Python 3.12, in an environment of its own.
 NEWEST_PYTHON ?= python3.12
@@ -36,7 +39,7 @@ test-newest:
 	$(NEWEST)/pip install --quiet $(TORCH) 'setuptools>=77' wheel ninja
 	MEGATRON_JAM_CUDA=0 $(NEWEST)/pip install --quiet --no-build-isolation --upgrade megatron-core -e '.[dev]'
 	$(NEWEST)/pip list | grep -i -E '^(torch|megatron-core) '
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -m "not gpu"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -m "not gpu and not slow"
 
 quickstart: setup
 	$(BIN)/python examples/quickstart/run.py
