@@ -9,7 +9,7 @@ One tensor for each logical weight under its canonical name; never fused, sharde
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +23,7 @@ from megatron_jam.config.files import check_replaceable, read_json, replace_fold
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
-from megatron_jam.weights.stream import INDEX, TensorStream
+from megatron_jam.weights.stream import INDEX, Stored, TensorStream, read_header
 
 CONFIG, VOCABULARY, TOKENIZER = "config.json", "vocabulary.json", "tokenizer.json"
 PROVENANCE = "provenance.json"
@@ -55,6 +55,7 @@ class WeightsFolder:
             )
         self.provenance = read_json(self.path / PROVENANCE)
         self._files: dict[str, Any] = {}
+        self._headers: dict[Path, dict[str, tuple[int, int]]] = {}
         self._place = read_json(self.path / INDEX).get("weight_map", {})
 
     @property
@@ -99,6 +100,22 @@ class WeightsFolder:
         """Shape of a tensor, without reading it."""
         self.read(name, 0, 0, 0)
         return tuple(self._files[self._place[name]].get_slice(name).get_shape())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor; all have one."""
+        return self.read(self.names[0], 0, 0, 0).dtype
+
+    def stored(self, name: str) -> Stored:
+        """Where a tensor's bytes lie."""
+        self.shape(name)  # a file that is missing or damaged is told of there
+        path = self.path / self._place[name]
+        if path not in self._headers:
+            self._headers[path] = read_header(path)
+        start, stop = self._headers[path][name]
+        return Stored(
+            path=path, offset=start, size=stop - start, sha256=self.provenance["sha256"][name]
+        )
 
     @property
     def sha256(self) -> str:
@@ -176,6 +193,14 @@ class FolderWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor of the planned order, of its planned shape."""
         self._stream.write(name, tensor)
+
+    def write_blocks(self, name: str, blocks: Iterable[Tensor]) -> None:
+        """Append the next tensor as rows one after the other, in memory that stays as it is."""
+        self._stream.write_blocks(name, blocks)
+
+    def copy(self, name: str, stored: Stored) -> None:
+        """Append the next tensor, which lies as it is in another folder."""
+        self._stream.copy(name, stored)
 
     def read_back(self, name: str) -> Tensor:
         """A tensor as it was written; after the last was."""

@@ -4,7 +4,10 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,34 @@ INDEX = "model.safetensors.index.json"
 """Which file holds which tensor."""
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+_PIECE_BYTES = 2 << 20
+"""Written and hashed at once: small enough to stay in a core's cache between the two."""
+_WAITING = 4
+"""Pieces that may wait for their hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Where the bytes of a tensor lie."""
+
+    path: Path
+    """Its file."""
+
+    offset: int
+    """Of its first byte in the file."""
+
+    size: int
+    """In bytes."""
+
+    sha256: str
+    """Of its bytes, as they were once written."""
 
 
 class TensorStream:
-    """Writes tensors in a planned order into as many files as it takes."""
+    """Writes tensors in a planned order into as many files as it takes.
+
+    Hashes are computed by a second thread, while the first writes.
+    """
 
     def __init__(
         self,
@@ -42,8 +69,9 @@ class TensorStream:
         self._folder, self._dtype, self._shapes = folder, dtype, dict(shapes)
         self._files = _plan(self._shapes, dtype.itemsize, file_bytes)
         self._queue = iter(self._steps())
-        self.hashes: dict[str, str] = {}
-        """sha256 of what was written, by name."""
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hasher")
+        self._waiting: deque[Future] = deque()
+        self._digests: dict[str, Future | str] = {}
 
     def _steps(self) -> Iterable[tuple[str, Any]]:
         """Yield (name, file to append to) in order; headers go before the first tensor."""
@@ -57,12 +85,54 @@ class TensorStream:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor of the planned order, of its planned shape."""
+        assert tuple(tensor.shape) == self._shapes[name], f"{name}: shape {tuple(tensor.shape)}"
+        self.write_blocks(name, [tensor])
+
+    def write_blocks(self, name: str, blocks: Iterable[Tensor]) -> None:
+        """Append the next tensor of the planned order, given as rows one after the other.
+
+        A block is written before the next one is asked for, but hashed up to some pieces later:
+        blocks must not share memory that is written again.
+        """
+        file, left = self._next(name), self._bytes(name)
+        digest = hashlib.sha256()
+        for block in blocks:
+            data = _bytes_of(block.detach().to("cpu", self._dtype).contiguous())
+            left -= len(data)
+            for piece in _pieces(data):
+                self._waiting.append(self._hasher.submit(digest.update, piece))
+                file.write(piece)
+                if len(self._waiting) > _WAITING:
+                    self._waiting.popleft().result()
+        assert left == 0, f"{name}: {left} bytes too few"
+        self._digests[name] = self._hasher.submit(digest.hexdigest)
+
+    def copy(self, name: str, stored: Stored) -> None:
+        """Append the next tensor of the planned order, which lies as it is in another file.
+
+        Raises:
+            OSError: the file is shorter than it was.
+        """
+        file = self._next(name)
+        assert stored.size == self._bytes(name), f"{name}: {stored.size} bytes"
+        file.flush()
+        with stored.path.open("rb") as source:
+            _copy_range(source.fileno(), stored.offset, file.fileno(), stored.size)
+        file.seek(0, os.SEEK_END)
+        self._digests[name] = stored.sha256
+
+    def _next(self, name: str) -> Any:
         expected, file = next(self._queue)
         assert name == expected, f"{name} written where {expected} was planned"
-        assert tuple(tensor.shape) == self._shapes[name], f"{name}: shape {tuple(tensor.shape)}"
-        data = tensor.detach().to("cpu", self._dtype).contiguous()
-        self.hashes[name] = tensor_sha256(data)
-        file.write(_bytes_of(data))
+        return file
+
+    def _bytes(self, name: str) -> int:
+        return torch.Size(self._shapes[name]).numel() * self._dtype.itemsize
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of what was written, by name."""
+        return {n: d if isinstance(d, str) else d.result() for n, d in self._digests.items()}
 
     def finish(self) -> None:
         """Complete the last file, and write the index."""
@@ -84,6 +154,7 @@ class TensorStream:
 
     def _close(self) -> None:
         assert next(self._queue, None) is None, "tensors are missing"
+        self._hasher.shutdown()
 
     def _file_name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{len(self._files):05d}.safetensors"
@@ -96,6 +167,20 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy().reshape(-1))
+
+
+def _pieces(data: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(data), _PIECE_BYTES):
+        yield data[start : start + _PIECE_BYTES]
+
+
+def _copy_range(source: int, offset: int, target: int, size: int) -> None:
+    """Copy within the kernel, from `offset` of one file to the place of the other."""
+    while size:
+        done = os.sendfile(target, source, offset, size)
+        if not done:
+            raise OSError(f"the file ends {size} bytes too early")
+        offset, size = offset + done, size - done
 
 
 def _plan(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:
@@ -126,3 +211,15 @@ def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def read_header(path: Path) -> dict[str, tuple[int, int]]:
+    """Where the bytes start and stop of each tensor in a safetensors file."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(size))
+    return {
+        name: (8 + size + entry["data_offsets"][0], 8 + size + entry["data_offsets"][1])
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }

@@ -1,0 +1,63 @@
+"""Tensors written whole, as blocks of rows, and copied as they lie: the same files."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_jam.weights.stream import INDEX, Stored, TensorStream, read_header
+
+ROWS = 70_000
+"""More than one piece of 2 MiB."""
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (ROWS, 33), "b": (5,), "c": (3, 4)}
+    return {n: torch.randn(s, generator=generator).bfloat16() for n, s in shapes.items()}
+
+
+def stream(folder: Path, given: dict[str, Tensor]) -> TensorStream:
+    folder.mkdir()
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    return TensorStream(folder, shapes, torch.bfloat16, file_bytes=5_000_000)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_blocks_and_copies_make_the_same_files(tmp_path: Path) -> None:
+    given = tensors()
+    whole = stream(tmp_path / "whole", given)
+    for name, tensor in given.items():
+        whole.write(name, tensor)
+    whole.finish()
+    digest = hashlib.sha256(given["a"].view(torch.uint8).numpy().tobytes()).hexdigest()
+    assert whole.hashes["a"] == digest
+    assert len(files(tmp_path / "whole")) == 3
+    assert INDEX in files(tmp_path / "whole")
+
+    parts = stream(tmp_path / "parts", given)
+    source = tmp_path / "whole" / "model-00002-of-00002.safetensors"
+    parts.write_blocks("a", given["a"].split(9_999))
+    for name in ("b", "c"):
+        start, stop = read_header(source)[name]
+        hashed = whole.hashes[name]
+        parts.copy(name, Stored(path=source, offset=start, size=stop - start, sha256=hashed))
+    parts.finish()
+    assert parts.hashes == whole.hashes
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    with safe_open(str(source), framework="pt") as opened:
+        assert torch.equal(opened.get_tensor("c"), given["c"])
+
+
+def test_a_source_that_ends_early_is_an_error(tmp_path: Path) -> None:
+    given = {"b": tensors()["b"]}
+    (tmp_path / "short").write_bytes(b"12345678")
+    parts = stream(tmp_path / "parts", given)
+    with pytest.raises(OSError, match="ends 4 bytes too early"):
+        parts.copy("b", Stored(path=tmp_path / "short", offset=2, size=10, sha256=""))
