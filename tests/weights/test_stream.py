@@ -23,7 +23,7 @@ def tensors() -> dict[str, Tensor]:
 def stream(folder: Path, given: dict[str, Tensor]) -> TensorStream:
     folder.mkdir()
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
-    return TensorStream(folder, shapes, torch.bfloat16, file_bytes=5_000_000)
+    return TensorStream(folder, shapes, torch.bfloat16, file_bytes=4_000_000)
 
 
 def files(folder: Path) -> dict[str, bytes]:
