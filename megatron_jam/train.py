@@ -3,14 +3,17 @@
 Without torchrun it runs on one rank. A run that was interrupted goes on from its last checkpoint.
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 
 from megatron_jam.config.cli import one_line_errors
 from megatron_jam.config.log import configure_logging
+from megatron_jam.config.signals import catch_signals
 
 
 def main() -> None:
-    """Parse, build, run."""
+    """Parse, build, run; exit with EXIT_REQUEUE after a stop on request (training/stop.py)."""
+    catch_signals()
     # Imported here: saving a checkpoint spawns a process, which imports this file again.
     from megatron_jam.config.run import load_run_config
     from megatron_jam.evaluation.perplexity import measure_sets
@@ -18,6 +21,7 @@ def main() -> None:
     from megatron_jam.parallel.world import start_world, stop_world
     from megatron_jam.training.loop import Training
     from megatron_jam.training.step import ForwardBackward, Losses
+    from megatron_jam.training.stop import EXIT_REQUEUE, StopRequested
     from megatron_jam.weights.folder import WeightsFolder
 
     configure_logging()
@@ -27,7 +31,7 @@ def main() -> None:
         check_layout(folder.config, config.parallel, config.fp8)
         world = start_world(config.parallel)
 
-        def validate(step: ForwardBackward) -> Mapping[str, Losses]:
+        def validate(step: ForwardBackward, poll: Callable[[], None]) -> Mapping[str, Losses]:
             return measure_sets(
                 step,
                 config.validation,
@@ -36,9 +40,14 @@ def main() -> None:
                 context_length=config.context_length,
                 micro_batch_size=config.micro_batch_size,
                 isolate_documents=config.data.isolate_documents,
+                poll=poll,
             )
 
-        Training(config, folder, world, validate).run()
+        try:
+            Training(config, folder, world, validate).run()
+        except StopRequested:
+            stop_world()
+            sys.exit(EXIT_REQUEUE)
         stop_world()
 
 

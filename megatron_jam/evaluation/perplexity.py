@@ -1,6 +1,6 @@
 """Perplexity of a model on prepared sets: no masking, no shuffling, every token once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ def measure_sets(
     context_length: int,
     micro_batch_size: int,
     isolate_documents: bool = False,
+    poll: Callable[[], None] = lambda: None,
 ) -> Mapping[str, Losses]:
     """Losses of each set by name, the same under every layout; all ranks take part.
 
@@ -42,6 +43,7 @@ def measure_sets(
         context_length: tokens read at once.
         micro_batch_size: contexts computed at once on each replica.
         isolate_documents: read each document by itself, as data.isolate_documents in training.
+        poll: called after every few micro-batches, on all ranks; what it raises ends the measuring.
 
     Raises:
         UsageError: if a set is missing, too small, or made with another vocabulary or tokenizer.
@@ -52,11 +54,11 @@ def measure_sets(
         samples = evaluation_samples(each.path, folder.vocabulary, context_length=context_length)
         if not len(samples):
             raise UsageError(f"{each.path} has less than two tokens: there is nothing to measure")
-        with torch.no_grad():
-            rounds = [
-                step(batches, forward_only=True)
-                for batches in _rounds(samples, world, micro_batch_size, isolate_documents)
-            ]
+        rounds = []
+        for batches in _rounds(samples, world, micro_batch_size, isolate_documents):
+            with torch.no_grad():
+                rounds.append(step(batches, forward_only=True))
+            poll()
         measured[each.name] = Losses(
             sums=sum(each.sums for each in rounds), counts=sum(each.counts for each in rounds)
         )

@@ -1,9 +1,7 @@
 """The one training loop: parents, continued pretraining and instruction tuning."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,36 +9,41 @@ import torch.distributed as dist
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.log import logger
 from megatron_jam.config.run import RunConfig
-from megatron_jam.data.indexed import read_info
 from megatron_jam.data.loader import (
     build_dataset,
     collate,
     global_batch_indices,
     image_tokenizer_of,
 )
-from megatron_jam.models.jam import JamModel
-from megatron_jam.models.parameters import learns, parameter_table
-from megatron_jam.models.sharding import freeze
 from megatron_jam.parallel.device import DTYPES, peak_memory_bytes
 from megatron_jam.parallel.seeds import seed_step
 from megatron_jam.parallel.world import World
+from megatron_jam.training.build import build_chunks, check_run, identity
+from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import Checkpoints
 from megatron_jam.training.metrics import Reporter
 from megatron_jam.training.optimizer import build_optimizer, wrap_chunks
 from megatron_jam.training.preflight import check_replicas, log_start, save_environment
-from megatron_jam.training.step import Batch, ForwardBackward, Losses, train_step
+from megatron_jam.training.step import Batch, ForwardBackward, Losses, StepResult, train_step
+from megatron_jam.training.stop import StopPoll, StopRequested
 from megatron_jam.weights.folder import WeightsFolder
-from megatron_jam.weights.load import export_weights, load_weights
+from megatron_jam.weights.load import export_weights
 
-Validate = Callable[[ForwardBackward], Mapping[str, Losses]]
-"""Measures the validation sets with the live model; given by the entry point."""
+Validate = Callable[[ForwardBackward, Callable[[], None]], Mapping[str, Losses]]
+"""Measures the validation sets with the live model, and now and then calls its second argument,
+which raises where the run is to stop; given by the entry point."""
 
 
 class Training:
     """A phase that begins from a weights folder or resumes its own run."""
 
     def __init__(
-        self, config: RunConfig, folder: WeightsFolder, world: World, validate: Validate
+        self,
+        config: RunConfig,
+        folder: WeightsFolder,
+        world: World,
+        validate: Validate,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         """Build model, optimizer and data.
 
@@ -49,36 +52,33 @@ class Training:
             folder: its weights, opened.
             world: the ranks.
             validate: measures the validation sets.
+            callbacks: what is told of the run's course, besides its log.
 
         Raises:
             UsageError: if settings, weights, vocabulary and data do not fit each other.
+            StopRequested: as `run`.
         """
-        self.config, self.world = config, world
+        self.config, self.folder, self.world = config, folder, world
         self._validate = validate
-        self.folder = folder
-        self._check()
+        self._stop_poll = StopPoll(config.output, world)
+        try:
+            self._build()
+        except StopRequested as reason:
+            self._stop_poll.leave(reason, 0)
+            raise
+        self._callbacks = [Reporter(config, writes=world.rank == 0), *callbacks]
+
+    def _build(self) -> None:
+        config, folder, world = self.config, self.folder, self.world
+        check_run(config, folder, world)
         self._dataset = build_dataset(
             config.data,
             folder.vocabulary,
             context_length=config.context_length,
             seed=config.seed,
         )
-        self.chunks = [
-            JamModel(
-                folder.config,
-                world,
-                dtype=DTYPES[config.precision],
-                recompute=config.recompute,
-                dropout=config.dropout,
-                backend=config.backend,
-                fp8=config.fp8,
-                chunk=chunk,
-            )
-            for chunk in range(config.parallel.interleave)
-        ]
-        load_weights(self.chunks, folder, world)
-        for chunk in self.chunks:
-            freeze(chunk, config.freeze)
+        self._stop_poll()
+        self.chunks = build_chunks(config, folder, world)
         wrapped = wrap_chunks(self.chunks, world)
         self._optimizer = build_optimizer(wrapped, config.optimizer)
         self._step = ForwardBackward(wrapped, world, folder.vocabulary)
@@ -90,15 +90,29 @@ class Training:
             identity=identity(config, folder),
             keep=config.keep_checkpoints,
         )
-        self._reporter = Reporter(
-            config.output,
-            steps=config.steps,
-            tokens_per_step=config.global_batch_size * config.context_length,
-            writes=world.rank == 0,
-        )
+        self._stop_poll()
 
     def run(self) -> None:
-        """Train to the end, or to `stop_at`; the end exports OUTPUT/weights."""
+        """Train to the end, or to `stop_at`; the end exports OUTPUT/weights.
+
+        Raises:
+            StopRequested: on all ranks, when the state has been saved and is to be resumed.
+        """
+        first = self._prepare()
+        self._done = self._saved = first
+        try:
+            self._train(first)
+        except StopRequested as reason:
+            logger.warning("asked to stop by %s after step %d", reason, self._done)
+            self._save()
+            self._stop_poll.leave(reason, self._done)
+            raise
+        finally:
+            for each in self._callbacks:
+                each.ends(self._done)
+
+    def _prepare(self) -> int:
+        """What stands before the first step; returns how many were made before."""
         config = self.config
         log_start(self.chunks, self.world, backend=config.backend)
         first = self._checkpoints.load_latest()
@@ -109,30 +123,37 @@ class Training:
             config.save(config.output / "run.yaml")
             save_environment(config.output / "environment.json", self.world, backend=config.backend)
         check_replicas(self.chunks, self.world)
-        self._reporter.start(first)
+        for each in self._callbacks:
+            each.begins(self, first)
+        return first
+
+    def _train(self, first: int) -> None:
+        config = self.config
         last = min(config.stop_at or config.steps, config.steps)
+        self._stop_poll()
         for step in range(first, last):
-            self._train(step)
-            done = step + 1
+            result = self._make_step(step)
+            self._done = done = step + 1
+            for each in self._callbacks:
+                each.step_made(done, result)
+            self._stop_poll()
             if config.validate_every and done % config.validate_every == 0 and done < last:
-                self._report_validation(done)
-            if config.checkpoint_every and done % config.checkpoint_every == 0 and done < last:
-                self._checkpoints.save(done)
-        if first < last:
-            self._checkpoints.save(last)
+                self._measure()
+            if config.checkpoint_every and done % config.checkpoint_every == 0:
+                self._save()
+        self._save()
         if last == config.steps:
             self._finish()
 
-    def _train(self, step: int) -> None:
+    def _make_step(self, step: int) -> StepResult:
         config = self.config
         rate = config.optimizer.rate(step, config.steps)
         if config.dropout:
             seed_step(self.world, seed=config.seed, step=step)
-        losses, norm = train_step(self._step, self._optimizer, self._batches(step), rate)
-        self._reporter.step_done()
-        done = step + 1
-        if done % config.log_every == 0 or done in (1, config.steps):
-            self._reporter.train(done, losses, learning_rate=rate, grad_norm=norm)
+        start = time.perf_counter()
+        batches = self._batches(step)
+        seconds = time.perf_counter() - start
+        return train_step(self._step, self._optimizer, batches, rate).after(data=seconds)
 
     def _batches(self, step: int) -> list[Batch]:
         indices = global_batch_indices(
@@ -148,67 +169,40 @@ class Training:
             for each in indices
         ]
 
-    def _report_validation(self, step: int) -> None:
-        for name, losses in self._validate(self._step).items():
-            self._reporter.validation(step, name, losses)
+    def _save(self) -> None:
+        """Save what has been done, unless it is saved already."""
+        if self._saved == self._done:
+            return
+        path = self._checkpoints.save(self._done)
+        self._saved = self._done
+        for each in self._callbacks:
+            each.saved(self._done, path)
+
+    def _measure(self) -> None:
+        measured = self._validate(self._step, self._stop_poll)
+        for each in self._callbacks:
+            each.validated(self._done, measured)
 
     def _finish(self) -> None:
-        self._report_validation(self.config.steps)
-        weights: Path = self.config.output / "weights"
+        self._measure()
+        config = self.config
+        weights = config.output / "weights"
         provenance = {
             "made_by": "megatron_jam.train",
-            "parent": str(self.config.weights),
-            "image_tokenizer_sha256": image_tokenizer_of(self.config.data)
+            "parent": str(config.weights),
+            "image_tokenizer_sha256": image_tokenizer_of(config.data)
             or self.folder.image_tokenizer_sha256,
-            "steps": self.config.steps,
-            "tokens": self.config.steps
-            * self.config.global_batch_size
-            * self.config.context_length,
+            "steps": config.steps,
+            "tokens": config.steps * config.global_batch_size * config.context_length,
         }
         export_weights(
             self.chunks,
             self.world,
             weights,
             source=self.folder.path,
-            dtype=DTYPES[self.config.precision],
+            dtype=DTYPES[config.precision],
             provenance=provenance,
         )
         peak = torch.tensor([float(peak_memory_bytes(self.world.device))], device=self.world.device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         logger.info("wrote %s | peak memory of a rank %.2f GB", weights, peak.item() / 1e9)
-
-    def _check(self) -> None:
-        """Raise UsageError unless settings, weights, tokenizers and data fit each other."""
-        config, model = self.config, self.folder.config
-        if config.context_length > model.max_positions:
-            raise UsageError(
-                f"context_length {config.context_length} is longer than the model's max_positions"
-                f" {model.max_positions}"
-            )
-        if config.freeze and not model.is_pair:
-            raise UsageError(f"freeze is {config.freeze}, but the model has one tower alone")
-        if not any(learns(entry, config.freeze) for entry in parameter_table(model)):
-            raise UsageError(f"freeze is {config.freeze}, which leaves nothing to train")
-        config.parallel.check_micro_batches(config.num_micro_batches(self.world.size))
-        for each in config.data.sets:
-            self.folder.require_tokenizer(read_info(each.path).tokenizer_sha256, each.path)
-        images, known = image_tokenizer_of(config.data), self.folder.image_tokenizer_sha256
-        if images and known and images != known:
-            raise UsageError(
-                f"the pictures of data.sets were encoded with another image tokenizer than those"
-                f" that {self.folder.path} was trained on; prepare them with that one"
-            )
-
-
-def identity(config: RunConfig, folder: WeightsFolder) -> dict[str, Any]:
-    """What makes a run's step n the same step n: its data, their order, and where it began."""
-    return {
-        "seed": config.seed,
-        "global_batch_size": config.global_batch_size,
-        "context_length": config.context_length,
-        "data": dataclasses.asdict(config.data),
-        "vocabulary": folder.vocabulary.sha256,
-        "weights": folder.sha256,
-        "dropout": config.dropout,
-        "freeze": sorted(config.freeze),
-    }

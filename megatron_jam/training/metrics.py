@@ -3,12 +3,18 @@
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.log import logger
-from megatron_jam.training.step import Losses
+from megatron_jam.config.run import RunConfig
+from megatron_jam.training.callbacks import Callback
+from megatron_jam.training.step import Losses, StepResult
+
+if TYPE_CHECKING:
+    from megatron_jam.training.loop import Training
 
 METRICS = "metrics.jsonl"
 
@@ -19,28 +25,31 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-class Reporter:
+class Reporter(Callback):
     """Logs training steps and validations; rank 0 also appends them to OUTPUT/metrics.jsonl."""
 
-    def __init__(self, output: Path, *, steps: int, tokens_per_step: int, writes: bool) -> None:
-        self._path = output / METRICS if writes else None
-        self._steps, self._tokens = steps, tokens_per_step
+    def __init__(self, config: RunConfig, *, writes: bool) -> None:
+        self._path = config.output / METRICS if writes else None
+        self._steps, self._every = config.steps, config.log_every
+        self._tokens = config.global_batch_size * config.context_length
         self._window_start, self._window_steps = time.perf_counter(), 0
 
-    def start(self, step: int) -> None:
-        """Drop what an interrupted run wrote after `step`, and start the clock."""
+    def begins(self, training: "Training", first: int) -> None:
+        """Drop what an interrupted run wrote after step `first`, and start the clock."""
         if self._path is not None and self._path.exists():
-            kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+            kept = [line for line in read_metrics(self._path) if line["step"] <= first]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_text_atomically(self._path, text)
         self._window_start, self._window_steps = time.perf_counter(), 0
 
-    def step_done(self) -> None:
-        """Count a step into the running window."""
+    def step_made(self, step: int, result: StepResult) -> None:
+        """Report every `log_every`-th step, the first and the last, with the mean speed since."""
         self._window_steps += 1
+        if step % self._every == 0 or step in (1, self._steps):
+            self._train(step, result)
 
-    def train(self, step: int, losses: Losses, *, learning_rate: float, grad_norm: float) -> None:
-        """Report the step that has just been made, with the window's mean speed."""
+    def _train(self, step: int, result: StepResult) -> None:
+        losses = result.losses
         elapsed = time.perf_counter() - self._window_start
         seconds = elapsed / max(1, self._window_steps)
         by_modality = losses.by_modality()
@@ -50,8 +59,8 @@ class Reporter:
             self._steps,
             losses.mean,
             ", ".join(f"{name} {value:.3f}" for name, value in by_modality.items()),
-            learning_rate,
-            grad_norm,
+            result.learning_rate,
+            result.grad_norm,
             seconds * 1e3,
             self._tokens / seconds,
             _duration(seconds * (self._steps - step)),
@@ -62,15 +71,19 @@ class Reporter:
             {
                 "loss": losses.mean,
                 "loss_by_modality": by_modality,
-                "learning_rate": learning_rate,
-                "grad_norm": grad_norm,
+                "learning_rate": result.learning_rate,
+                "grad_norm": result.grad_norm,
                 "seconds_per_step": seconds,
             },
         )
         self._window_start, self._window_steps = time.perf_counter(), 0
 
-    def validation(self, step: int, name: str, losses: Losses) -> None:
-        """Report perplexities of one validation set."""
+    def validated(self, step: int, measured: Mapping[str, Losses]) -> None:
+        """Report perplexities of each validation set."""
+        for name, losses in measured.items():
+            self._validation(step, name, losses)
+
+    def _validation(self, step: int, name: str, losses: Losses) -> None:
         perplexity = {k: _perplexity(v) for k, v in losses.by_modality().items()}
         logger.info(
             "step %d | validation %s | loss %.4f | perplexity %s",

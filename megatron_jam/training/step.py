@@ -1,8 +1,9 @@
 """One optimizer step: micro-batches through Megatron's pipeline schedule, and what it reports."""
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -41,6 +42,25 @@ class Losses:
         """Nats a token of each modality that occurs."""
         pairs = zip(MODALITIES, self.sums.tolist(), self.counts.tolist(), strict=True)
         return {name: total / count for name, total, count in pairs if count}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step was, the same on every rank but for the seconds."""
+
+    losses: Losses
+    """Before the update."""
+
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+
+    learning_rate: float
+    seconds: Mapping[str, float]
+    """Time of this rank's parts of the step: data, forward_backward, optimizer."""
+
+    def after(self, **seconds: float) -> "StepResult":
+        """The same with the times of parts that came before it."""
+        return replace(self, seconds={**seconds, **self.seconds})
 
 
 class ForwardBackward:
@@ -126,21 +146,23 @@ def train_step(
     optimizer: MegatronOptimizer,
     micro_batches: Sequence[Batch],
     learning_rate: float,
-) -> tuple[Losses, float]:
+) -> StepResult:
     """Gradients of a global batch, then one optimizer step.
-
-    Returns:
-        The losses before the update, and the gradient's norm before clipping.
 
     Raises:
         FloatingPointError: on every rank, if the gradient is not finite; checkpoints stay.
     """
+    start = time.perf_counter()
     # A gradient left over from the last step would be counted a second time by Megatron's hooks.
     optimizer.zero_grad()
     losses = step(micro_batches)
+    computed = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     _, norm, _ = optimizer.step()
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}: the weights are spoilt")
-    return losses, float(norm)
+    seconds = {"forward_backward": computed - start, "optimizer": time.perf_counter() - computed}
+    return StepResult(
+        losses=losses, grad_norm=float(norm), learning_rate=learning_rate, seconds=seconds
+    )

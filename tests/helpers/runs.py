@@ -118,9 +118,9 @@ def train_steps(
     losses = []
     for batch in batches:
         micro_batches = split_batch(batch, world, 1)
-        found, norm = train_step(step, optimizer, micro_batches, settings.learning_rate)
-        assert norm > settings.clip_norm, "nothing to clip"
-        losses.append(found.mean)
+        result = train_step(step, optimizer, micro_batches, settings.learning_rate)
+        assert result.grad_norm > settings.clip_norm, "nothing to clip"
+        losses.append(result.losses.mean)
     local: dict[str, Tensor] = {}
     for chunk in chunks:
         local.update(logical_gradients(chunk, lambda p: p.detach()))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron_jam.evaluation.perplexity import measure_sets
 from megatron_jam.models.parameters import parameter_table
 from megatron_jam.models.sharding import holders, unpack
 from megatron_jam.parallel.world import World
+from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.loop import Training
 from megatron_jam.training.preflight import check_replicas
 from megatron_jam.training.step import ForwardBackward, Losses
@@ -100,19 +101,26 @@ def settings(
 
 def run_training(world: World, values: dict[str, Any], wants_moments: bool = False) -> Any:
     """Run, and compare copies of weights at the end; `moments` if wanted."""
+    training = build_training(world, values)
+    training.run()
+    if training.config.dropout:
+        check_replicas(training.chunks, world)  # copies of a weight have learnt the same
+    return moments(training, world) if wants_moments else None
+
+
+def build_training(
+    world: World, values: dict[str, Any], callbacks: Sequence[Callback] = ()
+) -> Training:
+    """A run as the entry point would make it."""
     config = RunConfig(**values)
     folder = WeightsFolder(config.weights)
 
-    def validate(step: ForwardBackward) -> Mapping[str, Losses]:
+    def validate(step: ForwardBackward, poll: Callable[[], None]) -> Mapping[str, Losses]:
         return measure_sets(
-            step, config.validation, folder, world, context_length=32, micro_batch_size=4
+            step, config.validation, folder, world, context_length=32, micro_batch_size=4, poll=poll
         )
 
-    training = Training(config, folder, world, validate)
-    training.run()
-    if config.dropout:
-        check_replicas(training.chunks, world)  # copies of a weight have learnt the same
-    return moments(training, world) if wants_moments else None
+    return Training(config, folder, world, validate, callbacks)
 
 
 def moments(training: Training, world: World) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from tests.helpers.training import HALF, LAYOUTS, losses, settings, tensors
 def train(world: World, values: dict[str, Any]) -> set[tuple[torch.dtype, ...]]:
     """Run; return the dtypes of (parameter, its gradient's buffer, the optimizer's own copy)."""
     config = RunConfig(**values)
-    training = Training(config, WeightsFolder(config.weights), world, lambda _: {})
+    training = Training(config, WeightsFolder(config.weights), world, lambda *_: {})
     training.run()
     parameters = [p for chunk in training.chunks for p in chunk.parameters()]
     (optimizer,) = training._optimizer.chained_optimizers

@@ -1,0 +1,62 @@
+"""Stopping on request: a signal at any rank, or a file in the run's folder, ends it on all ranks.
+
+A batch script asks with `touch OUTPUT/stop`: signals that torchrun gets reach its ranks with little
+time left to save, and SIGUSR1 kills torchrun itself. The run then saves, writes OUTPUT/requeue, and
+its ranks exit with EXIT_REQUEUE; torchrun makes 1 of any failure, so that a script looks at the
+file. The next start of the run removes it and goes on.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_jam.config.files import write_text_atomically
+from megatron_jam.config.signals import STOPPING, received_signal
+from megatron_jam.parallel.world import World
+
+EXIT_REQUEUE = 75
+"""Exit status of a rank of a run that was stopped on request: EX_TEMPFAIL, "try again"."""
+
+STOP_FILE, REQUEUE_FILE = "stop", "requeue"
+
+_SIGNALS = [each.name for each in STOPPING]
+_FILE = len(_SIGNALS) + 1
+
+
+class StopRequested(Exception):
+    """Somebody asked the run to stop; raised on all ranks at the same place."""
+
+
+class StopPoll:
+    """Asks whether the run is to stop; the answer is the same on all ranks."""
+
+    def __init__(self, output: Path, world: World) -> None:
+        """Look for the stop file in `output`; what an earlier start of the run left goes."""
+        self._world = world
+        self._stop, self._requeue = output / STOP_FILE, output / REQUEUE_FILE
+        if world.rank == 0:
+            self._requeue.unlink(missing_ok=True)
+
+    def __call__(self) -> None:
+        """Take part on all ranks.
+
+        Raises:
+            StopRequested: if any rank got a signal, or the stop file is there.
+        """
+        name = received_signal()
+        reason = _SIGNALS.index(name) + 1 if name else 0
+        if self._world.rank == 0 and not reason and os.path.exists(self._stop):
+            reason = _FILE
+        agreed = torch.tensor(reason, device=self._world.device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        found = int(agreed)
+        if found:
+            raise StopRequested(str(self._stop) if found == _FILE else _SIGNALS[found - 1])
+
+    def leave(self, reason: object, step: int) -> None:
+        """Say that the run, which stands at `step`, is to be started again."""
+        if self._world.rank == 0:
+            write_text_atomically(self._requeue, f"stopped at step {step} by {reason}\n")
+            self._stop.unlink(missing_ok=True)
