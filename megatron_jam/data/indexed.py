@@ -1,31 +1,27 @@
 """Prepared sets: PREFIX.bin and PREFIX.idx in Megatron's format, and PREFIX.json that says of what.
 
-One sequence is one document. The ids are stored in the narrowest dtype that holds the vocabulary.
-PREFIX.json is written last: where it stands, the set is whole.
+One sequence is one document. The ids are stored in the narrowest dtype that holds them. PREFIX.json
+is written last: where it stands, the set is whole.
 """
 
 import dataclasses
 import json
-import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from numpy.typing import NDArray
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import publish, temporary_name, write_text_atomically
+from megatron_jam.config.files import publish, read_json, write_text_atomically
 from megatron_jam.config.log import logger
+from megatron_jam.data.index_file import DTYPES, Index, TokenWriter, map_tokens, read_index
 from megatron_jam.tokenizers.vocabulary import IMAGE, SPECIAL, TEXT, JointVocabulary
 
 Kind = Literal["text", "pairs", "interleaved"]
-
-_IDX_MAGIC = b"MMIDIDX\x00\x00"
-# Magic, version, dtype code, number of sequences, number of documents + 1; not aligned.
-_HEADER = struct.Struct("<9sQBQQ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +49,28 @@ class SetInfo:
     tokens_by_modality: dict[str, int]
     """`num_tokens` by text, image and special."""
 
+    sha256: dict[str, str]
+    """Checksums of the files: "bin" and "idx"."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the tool that made the set was told, for sets that are merged must agree in it."""
+
 
 class IndexedSet:
     """A set on disk, memory-mapped: documents 0 .. num_documents - 1 in the order of writing."""
 
-    def __init__(self, prefix: str, info: SetInfo, index: IndexedDataset) -> None:
+    def __init__(self, prefix: str, info: SetInfo, index: Index) -> None:
         """Use :func:`open_set`."""
         self.prefix = prefix
         self.info = info
-        self.lengths: NDArray[np.int32] = index.sequence_lengths
-        """Tokens of each document, int32 [num_documents]."""
-        dtype = np.dtype(index.index.dtype)
-        self._starts = index.index.sequence_pointers // dtype.itemsize
-        # A plain array over the map: slices of np.memmap itself cost ten times as much.
-        self._tokens = np.asarray(np.memmap(f"{prefix}.bin", dtype=dtype, mode="r"))
-        self._index = index  # owns the memory of lengths
+        self.dtype = index.dtype
+        """Of the ids in the file."""
+        self.lengths = index.lengths
+        """Tokens of each document, int32 or int64 [num_documents]."""
+        self.starts = index.starts
+        """First token of each document in the file, int64 [num_documents]."""
+        self.all_tokens: NDArray[np.integer] = map_tokens(prefix, index.dtype)
+        """Every document in a row, in the dtype of the file, read-only, [num_tokens]."""
 
     @property
     def num_documents(self) -> int:
@@ -77,18 +80,101 @@ class IndexedSet:
     @property
     def num_tokens(self) -> int:
         """Number of tokens."""
-        return len(self._tokens)
+        return len(self.all_tokens)
 
     def document(self, number: int, start: int = 0, stop: int | None = None) -> NDArray:
         """Tokens [start:stop] of a document in the dtype of the file, read-only, not copied."""
-        first = int(self._starts[number])
+        first = int(self.starts[number])
         length = int(self.lengths[number])
         stop = length if stop is None else min(stop, length)
-        return self._tokens[first + start : first + stop]
+        return self.all_tokens[first + start : first + stop]
 
     def tokens(self, start: int, stop: int) -> NDArray:
         """Tokens [start:stop] of all documents in a row, in the dtype of the file, not copied."""
-        return self._tokens[start:stop]
+        return self.all_tokens[start:stop]
+
+
+class SetWriter:
+    """Writes the set PREFIX document by document in constant memory; used in a `with` statement.
+
+    An older set of the name stays until :meth:`finish`. A block that ends without it, or is killed,
+    leaves no set, and nothing but temporary files, which the next writer of the name overwrites.
+    """
+
+    def __init__(
+        self,
+        prefix: Path | str,
+        *,
+        vocabulary: JointVocabulary,
+        tokenizer_sha256: str,
+        kind: Kind,
+        image_tokenizer_sha256: str = "",
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Begin a set; the arguments are :class:`SetInfo`'s."""
+        self._prefix = Path(prefix)
+        self._prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._vocabulary = vocabulary
+        self._described: dict[str, Any] = {
+            "vocabulary_sha256": vocabulary.sha256,
+            "tokenizer_sha256": tokenizer_sha256,
+            "image_tokenizer_sha256": image_tokenizer_sha256,
+            "kind": kind,
+            "settings": settings or {},
+        }
+        self._files = TokenWriter(prefix, narrowest_dtype(vocabulary, kind))
+        self._num_ids = min(np.iinfo(self._files.dtype).max + 1, vocabulary.size)
+        self._counts = np.zeros(3, dtype=np.int64)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._files.discard()  # after finish there is nothing left of it
+
+    def add(self, tokens: NDArray[np.integer], lengths: NDArray[np.integer] | None = None) -> None:
+        """Append the documents that stand in a row in `tokens`: one, or those of `lengths`.
+
+        Raises:
+            ValueError: one is empty, or has an id outside of the vocabulary or of the set's dtype.
+        """
+        number, sizes = self._files.num_documents, [len(tokens)] if lengths is None else lengths
+        if len(sizes) and not min(sizes) > 0:
+            raise ValueError(f"document {number + int(np.argmin(sizes))} is empty")
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._num_ids:
+            later = "" if lengths is None else " or a later one"
+            raise ValueError(f"document {number}{later} leaves 0..{self._num_ids - 1}")
+        self._files.add(tokens, lengths)
+        self._counts += count_modalities(tokens, self._vocabulary)
+
+    def finish(self) -> SetInfo:
+        """Complete the set and give it its name, replacing an older one.
+
+        Raises:
+            UsageError: there is no document.
+            ValueError: there are picture codes without an `image_tokenizer_sha256`.
+        """
+        prefix = self._prefix
+        if not self._files.num_documents:
+            raise UsageError(f"{prefix}: there is no document to write")
+        if self._counts[IMAGE] and not self._described["image_tokenizer_sha256"]:
+            raise ValueError(f"{prefix} has pictures: say of which image tokenizer")
+        sha256 = self._files.finish()
+        # From here to the end the set is not whole.
+        Path(f"{prefix}.json").unlink(missing_ok=True)
+        for name, path in self._files.paths.items():
+            publish(path, Path(f"{prefix}.{name}"))
+        info = SetInfo(
+            **self._described,
+            num_documents=self._files.num_documents,
+            num_tokens=self._files.num_tokens,
+            tokens_by_modality=by_modality(self._counts),
+            sha256=sha256,
+        )
+        write_info(prefix, info)
+        return info
 
 
 def write_set(
@@ -99,6 +185,7 @@ def write_set(
     tokenizer_sha256: str,
     kind: Kind,
     image_tokenizer_sha256: str = "",
+    settings: dict[str, Any] | None = None,
 ) -> SetInfo:
     """Write `documents`, joint ids [n] each, as the set PREFIX, replacing an older one.
 
@@ -107,47 +194,17 @@ def write_set(
         ValueError: a document is empty or has an id outside the vocabulary, or there are picture
             codes without an `image_tokenizer_sha256`.
     """
-    final = {name: Path(f"{prefix}.{name}") for name in ("bin", "idx", "json")}
-    final["bin"].parent.mkdir(parents=True, exist_ok=True)
-    temporary = {name: temporary_name(final[name]) for name in ("bin", "idx")}
-    builder = IndexedDatasetBuilder(str(temporary["bin"]), dtype=narrowest_dtype(vocabulary.size))
-    counts = np.zeros(3, dtype=np.int64)
-    num_documents = 0
-    try:
-        for tokens in documents:
-            if not tokens.size or not 0 <= tokens.min() <= tokens.max() < vocabulary.size:
-                raise ValueError(
-                    f"document {num_documents} is empty or leaves 0..{vocabulary.size - 1}"
-                )
-            builder.add_document(tokens, [tokens.size])
-            counts += np.bincount(vocabulary.modality[tokens], minlength=len(counts))
-            num_documents += 1
-        if not num_documents:
-            raise UsageError(f"{prefix}: there is no document to write")
-        if counts[IMAGE] and not image_tokenizer_sha256:
-            raise ValueError(f"{prefix} has pictures: say of which image tokenizer")
-        builder.finalize(str(temporary["idx"]))
-        final["json"].unlink(missing_ok=True)  # from here to the end the set is not whole
-        publish(temporary["bin"], final["bin"])
-        publish(temporary["idx"], final["idx"])
-    except BaseException:
-        builder.data_file.close()
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        raise
-    text, image, special = (int(counts[modality]) for modality in (TEXT, IMAGE, SPECIAL))
-    info = SetInfo(
-        vocabulary_sha256=vocabulary.sha256,
+    with SetWriter(
+        prefix,
+        vocabulary=vocabulary,
         tokenizer_sha256=tokenizer_sha256,
-        image_tokenizer_sha256=image_tokenizer_sha256,
         kind=kind,
-        num_documents=num_documents,
-        num_tokens=text + image + special,
-        tokens_by_modality={"text": text, "image": image, "special": special},
-    )
-    write_text_atomically(final["json"], json.dumps(dataclasses.asdict(info), indent=2) + "\n")
-    logger.info("%s: %d documents, tokens %s", prefix, num_documents, info.tokens_by_modality)
-    return info
+        image_tokenizer_sha256=image_tokenizer_sha256,
+        settings=settings,
+    ) as writer:
+        for tokens in documents:
+            writer.add(tokens)
+        return writer.finish()
 
 
 def open_set(prefix: Path | str, vocabulary: JointVocabulary) -> IndexedSet:
@@ -162,36 +219,11 @@ def open_set(prefix: Path | str, vocabulary: JointVocabulary) -> IndexedSet:
             f"{prefix} was prepared with another vocabulary "
             f"({info.vocabulary_sha256[:12]}, not {vocabulary.sha256[:12]}): prepare it again"
         )
-    for name in ("bin", "idx"):
-        if not Path(f"{prefix}.{name}").is_file():
-            raise UsageError(f"{prefix}.{name} is missing: prepare the set again")
-    num_documents, dtype = _read_index_header(Path(f"{prefix}.idx"))
-    size, due = Path(f"{prefix}.bin").stat().st_size, info.num_tokens * dtype.itemsize
-    if size != due:
-        raise UsageError(f"{prefix}.bin has {size} bytes, not {due}: prepare the set again")
-    index = IndexedDataset(str(prefix))
-    num_tokens = int(index.sequence_lengths.sum(dtype=np.int64))
-    if (num_documents, num_tokens) != (info.num_documents, info.num_tokens):
+    opened = IndexedSet(str(prefix), info, read_index(prefix))
+    found = opened.num_documents, opened.num_tokens
+    if found != (info.num_documents, info.num_tokens):
         raise UsageError(f"{prefix}.idx and {prefix}.json differ: prepare the set again")
-    return IndexedSet(str(prefix), info, index)
-
-
-def _read_index_header(path: Path) -> tuple[int, np.dtype]:
-    """The number of sequences and the tokens' dtype of an .idx file of a plausible size.
-
-    Megatron's reader would end with a traceback, and a second one on clean-up.
-    """
-    with path.open("rb") as stream:
-        header = stream.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(_IDX_MAGIC):
-        raise UsageError(f"{path} is not a Megatron index: prepare the set again")
-    _, version, code, num_sequences, num_documents = _HEADER.unpack(header)
-    if version != 1 or code not in {each.value for each in DType}:
-        raise UsageError(f"{path} has an unknown version or dtype: prepare the set again")
-    # Lengths int32 and pointers int64 of sequences, then the documents' borders int64.
-    if path.stat().st_size < _HEADER.size + num_sequences * (4 + 8) + num_documents * 8:
-        raise UsageError(f"{path} is cut short: prepare the set again")
-    return num_sequences, np.dtype(DType.dtype_from_code(code))
+    return opened
 
 
 def read_info(prefix: Path | str) -> SetInfo:
@@ -200,8 +232,8 @@ def read_info(prefix: Path | str) -> SetInfo:
     if not path.is_file():
         raise UsageError(f"no prepared set at {prefix}, {path} is missing: run tools/prepare_*.py")
     try:
-        info = SetInfo(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        info = SetInfo(**read_json(path))
+    except (UsageError, TypeError) as error:
         raise UsageError(
             f"{path} does not describe a prepared set ({error}): prepare the set again"
         ) from error
@@ -210,9 +242,27 @@ def read_info(prefix: Path | str) -> SetInfo:
     return info
 
 
-def narrowest_dtype(vocabulary_size: int) -> type[np.integer]:
-    """The smallest of Megatron's dtypes that holds ids below `vocabulary_size`."""
-    for dtype in (np.uint8, np.uint16):
-        if vocabulary_size <= np.iinfo(dtype).max + 1:
-            return dtype
-    return np.int32
+def narrowest_dtype(vocabulary: JointVocabulary, kind: Kind) -> np.dtype:
+    """The smallest of Megatron's dtypes for the ids of a set: those of texts and `</s>`, or all."""
+    ids = max(vocabulary.text.stop, vocabulary.eos + 1) if kind == "text" else vocabulary.size
+    unsigned = (dtype for dtype in DTYPES.values() if dtype.kind == "u")
+    fitting = (each for each in unsigned if ids <= np.iinfo(each).max + 1)
+    return min(fitting, key=lambda each: each.itemsize, default=np.dtype(np.int32))
+
+
+def count_modalities(tokens: NDArray[np.integer], vocabulary: JointVocabulary) -> NDArray[np.int64]:
+    """How many of the ids are TEXT, IMAGE and SPECIAL, int64 [3]."""
+    return np.bincount(vocabulary.modality[tokens], minlength=3)
+
+
+def by_modality(counts: NDArray[np.int64]) -> dict[str, int]:
+    """Counts of :func:`count_modalities` as PREFIX.json has them."""
+    names = {TEXT: "text", IMAGE: "image", SPECIAL: "special"}
+    return {names[modality]: int(counts[modality]) for modality in names}
+
+
+def write_info(prefix: Path | str, info: SetInfo) -> None:
+    """Write PREFIX.json, which makes the set whole."""
+    text = json.dumps(dataclasses.asdict(info), indent=2) + "\n"
+    write_text_atomically(f"{prefix}.json", text)
+    logger.info("%s: %d documents, tokens %s", prefix, info.num_documents, info.tokens_by_modality)
