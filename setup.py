@@ -85,7 +85,7 @@ def extension() -> CppExtension:
     )
     # No contraction: a * b + c is fused where the source says fma, and nowhere else, so that every
     # compiler and device computes the same bits.
-    flags = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra"]}
+    flags = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra"]}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         flags["nvcc"] = ["-O3", "-std=c++20", "--fmad=false"]
@@ -97,6 +97,7 @@ def extension() -> CppExtension:
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc" / "include")],
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
         extra_compile_args=flags,
+        extra_link_args=["-fopenmp"],
     )
 
 

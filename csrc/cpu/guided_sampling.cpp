@@ -1,8 +1,7 @@
 // Guided sampling on the CPU: rows over threads, ids one after the other.
 #include "jam/guided_sampling.h"
 
-#include <ATen/Parallel.h>
-
+#include "cpu/parallel.h"
 #include "guided_sampling_call.h"
 #include "launchers.h"
 
@@ -29,11 +28,8 @@ int64_t sample_row(const GuidedRow<Logit>& row) {
 
 template <typename Logit>
 void sample_rows(const GuidedSampling& op) {
-  at::parallel_for(0, op.num_rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      op.tokens[row] = sample_row(GuidedRow<Logit>(op, row));
-    }
-  });
+  for_each_row(op.num_rows,
+               [&](int64_t row) { op.tokens[row] = sample_row(GuidedRow<Logit>(op, row)); });
 }
 
 }  // namespace
