@@ -57,6 +57,10 @@ class TowerConfig:
     norm_epsilon: float = 1e-5
     """Added to the variance (rms: mean square) in norms."""
 
+    norm_groups: int = 1
+    """Equal parts of the width that norms treat each by itself; 2 keeps the halves of a diagonal
+    JAM-Width apart."""
+
     qk_norm: bool = False
     """LayerNorm over each head's query and key before the rotation, scale and shift of each head's
     own (Chameleon)."""
@@ -84,6 +88,11 @@ class TowerConfig:
             raise UsageError(
                 f"tower head size {self.head_size} (hidden_size / num_heads) is odd; RoPE turns"
                 " pairs: choose an even one"
+            )
+        if self.norm_groups < 1 or self.hidden_size % self.norm_groups:
+            raise UsageError(
+                f"tower norm_groups {self.norm_groups} does not divide hidden_size"
+                f" {self.hidden_size}"
             )
         if self.ffn_size < 0:
             raise UsageError(f"tower ffn_size is {self.ffn_size}; it must be 0 (4 d) or more")
@@ -217,6 +226,12 @@ class ModelConfig:
                 f"bridges.layers is {self.bridges.layers}, but the towers have layers 0 to"
                 f" {self.num_layers - 1}"
             )
+        for tower, other in ((image, text), (text, image)):
+            if self.bridges.kv_norm and other.hidden_size % tower.norm_groups:
+                raise UsageError(
+                    f"bridges.kv_norm: norm_groups {tower.norm_groups} of one tower does not divide"
+                    f" hidden_size {other.hidden_size} of the other, which its bridges read"
+                )
         if self.readers == PAIR and not self._has_text_ids():
             raise UsageError(
                 "tables: per_tower and head: wide need text_ids: [first, count] within vocab_size"

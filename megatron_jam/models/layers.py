@@ -92,17 +92,20 @@ def build_norm(
 ) -> nn.Module:
     """A norm of a tower's kind over its width, or another one, outside Megatron's layers."""
     width = width or tower.hidden_size
-    return NORMS[tower.norm](config, width, tower.norm_epsilon, affine=tower.affine_norm)
+    return NORMS[tower.norm](
+        config, width, tower.norm_epsilon, affine=tower.affine_norm, groups=tower.norm_groups
+    )
 
 
 def _norm(tower: TowerConfig) -> ModuleSpec:
-    return ModuleSpec(module=NORMS[tower.norm], params={"affine": tower.affine_norm})
+    params = {"affine": tower.affine_norm, "groups": tower.norm_groups}
+    return ModuleSpec(module=NORMS[tower.norm], params=params)
 
 
 def _norm_and_linear(tower: TowerConfig, parts: Parts) -> tuple[Any, Any]:
     """A norm and the column-parallel linear layer behind it; in one where `parts` have that. That
-    one always has parameters, so that a norm without them stays apart."""
-    if tower.affine_norm and parts.norm_column is not None:
+    one always has parameters and one group, so that other norms stay apart."""
+    if tower.affine_norm and tower.norm_groups == 1 and parts.norm_column is not None:
         return IdentityOp, parts.norm_column
     return _norm(tower), parts.column
 

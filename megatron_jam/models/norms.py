@@ -12,21 +12,45 @@ from torch.nn import functional as F
 class _Norm:
     """Takes what Megatron's layers give a norm; sequence parallelism sums its gradients."""
 
+    groups: int
+
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, affine: bool = False
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        affine: bool = False,
+        groups: int = 1,
     ) -> None:
         settings = {"elementwise_affine": affine, "dtype": config.params_dtype}
         super().__init__(hidden_size, eps, **settings)  # type: ignore[call-arg]
+        self.groups = groups
         for parameter in self.parameters():  # type: ignore[attr-defined]
             parameter.sequence_parallel = config.sequence_parallel
 
 
 class LayerNorm(_Norm, nn.LayerNorm):
-    """Layer norm over the width."""
+    """Layer norm over the width, or over each of its `groups`; scale and shift of each element."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., d] -> the same."""
+        if self.groups == 1:
+            return super().forward(states)
+        parts = states.unflatten(-1, (self.groups, -1))
+        normed = F.layer_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
+        return normed if self.weight is None else torch.addcmul(self.bias, normed, self.weight)
 
 
 class RMSNorm(_Norm, nn.RMSNorm):
-    """Root-mean-square norm over the width."""
+    """Root-mean-square norm over the width, or over each of its `groups`."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., d] -> the same."""
+        if self.groups == 1:
+            return super().forward(states)
+        parts = states.unflatten(-1, (self.groups, -1))
+        normed = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
+        return normed if self.weight is None else normed * self.weight
 
 
 NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}

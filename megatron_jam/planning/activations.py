@@ -99,12 +99,14 @@ def norm(tower: TowerConfig, sizes: Sizes, name: str, source: str, width: int) -
     states, scale = sizes.states(width), sizes.states(1)
     fork = Step(keeps={})
     if tower.norm == "layer":
-        keeps = {source: states, f"{name} statistics": 2 * scale}
+        keeps = {source: states, f"{name} statistics": 2 * tower.norm_groups * scale}
+        if tower.affine_norm and tower.norm_groups > 1:
+            keeps[f"{name} before its weight"] = states
         return [fork, Step(keeps=keeps, gradient=states)]
     exact = states * FP32 // sizes.width
     # In bf16 torch's RMSNorm computes with an fp32 copy of its input, and keeps that one.
     keeps = {f"{name} input in fp32" if sizes.is_low else source: exact}
-    keeps[f"{name} scale"] = scale * FP32 // sizes.width
+    keeps[f"{name} scale"] = tower.norm_groups * scale * FP32 // sizes.width
     if tower.affine_norm:
         keeps[f"{name} before its weight"] = exact
     return [fork, Step(keeps=keeps, gradient=exact, works=exact)]

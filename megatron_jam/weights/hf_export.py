@@ -134,6 +134,7 @@ def _unlike_opt(tower: TowerConfig, config: ModelConfig) -> list[str]:
         "a gated FFN": tower.gated,
         "grouped queries": tower.kv_heads != tower.num_heads,
         "qk_norm": tower.qk_norm,
+        f"norm_groups {tower.norm_groups}": tower.norm_groups != 1,
         f"norm_epsilon {tower.norm_epsilon}": tower.norm_epsilon != _OPT_EPSILON,
         f"position_offset {config.position_offset}": config.position_offset != _OPT_OFFSET,
     }
@@ -146,6 +147,7 @@ def _unlike_llama(tower: TowerConfig) -> list[str]:
         "learned positions": tower.positions != "rope",
         "norm layer": tower.norm != "rms",
         "norms without scale": not tower.affine_norm,
+        f"norm_groups {tower.norm_groups}": tower.norm_groups != 1,
         "an FFN without a gate": not tower.gated,
         "qk_norm": tower.qk_norm,
     }

@@ -149,8 +149,9 @@ def _linear(tower: TowerConfig, get: GetTensor, name: str, x: Tensor) -> Tensor:
 
 
 def _norm(tower: TowerConfig, get: GetTensor, name: str, x: Tensor) -> Tensor:
-    y = x - x.mean(dim=-1, keepdim=True) if tower.norm == "layer" else x
-    y = _normalise(y, tower.norm_epsilon)
+    y = x.unflatten(-1, (tower.norm_groups, -1))
+    y = y - y.mean(dim=-1, keepdim=True) if tower.norm == "layer" else y
+    y = _normalise(y, tower.norm_epsilon).flatten(-2)
     if tower.affine_norm:
         y = y * get(f"{name}.weight")
     return y + get(f"{name}.bias") if tower.affine_norm and tower.norm == "layer" else y

@@ -93,6 +93,8 @@ def tower(**changes: Any) -> dict[str, Any]:
         (tower(num_kv_heads=3), "num_kv_heads 3 does not divide num_heads 2"),
         (tower(num_kv_heads=-1), "num_kv_heads -1 does not divide num_heads 2"),
         (tower(hidden_size=6, positions="rope"), r"head size 3 .* is odd"),
+        (tower(norm_groups=0), "tower norm_groups 0 does not divide hidden_size"),
+        (tower(norm_groups=7), "tower norm_groups 7 does not divide hidden_size"),
         (tower(ffn_size=-4), "ffn_size is -4; it must be 0 .4 d. or more"),
         (tower(norm_epsilon=-1.0), "norm_epsilon is -1.0; it must be above 0"),
         (tower(rope_base=0.0), "rope_base is 0.0; it must be above 0"),

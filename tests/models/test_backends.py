@@ -47,6 +47,7 @@ def unequal() -> ModelConfig:
 CONFIGS = {
     "cm3leon": pico_config("tower"),
     "opt": pico_config("tower", **OPT),
+    "grouped-norms": pico_config("tower", **OPT, norm_groups=2),
     "llama": pico_config("tower", **LLAMA),
     "chameleon": pico_config("tower", **LLAMA, qk_norm=True),
     "cross": pico_config("cross", **OPT, activation="gelu"),
@@ -220,8 +221,9 @@ def test_keys_and_marks_do_not_depend_on_the_backend(
     assert fused["marks"] == mine["marks"]
     modules = {entry.module for entry in parameter_table(CONFIGS[kind])}
     assert set(fused["marks"]) == modules
-    affine = any(tower.affine_norm for tower in CONFIGS[kind].towers.values())
-    assert any("layer_norm_weight" in name for name in fused["own"]) == affine
+    towers = CONFIGS[kind].towers.values()
+    fusible = any(tower.affine_norm and tower.norm_groups == 1 for tower in towers)
+    assert any("layer_norm_weight" in name for name in fused["own"]) == fusible
 
 
 @torch.no_grad()

@@ -75,6 +75,8 @@ def configs() -> dict[str, ModelConfig]:
         "cm3leon": pico_config("tower"),
         "separate": pico_config("separate", bias=True, affine_norm=True, activation="gelu"),
         "llama": pico_config("tower", **LLAMA),
+        "grouped-norms": pico_config("tower", bias=True, affine_norm=True, norm_groups=2),
+        "grouped-rms": pico_config("cross", **LLAMA, norm_groups=4),
         "chameleon": pico_config("cross", **LLAMA, qk_norm=True),
         "into-image": dataclasses.replace(
             cross, bridges=BridgeConfig(every=4, into="image", start="random")

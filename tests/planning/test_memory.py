@@ -29,13 +29,13 @@ SIZES = {
 
 
 def model(kind: str, size: str) -> ModelConfig:
-    """A CM3leon tower, a Llama tower or a JAM-Cross with bridges."""
+    """A tower of CM3leon, of Llama or with grouped affine norms, or a JAM-Cross."""
     known = SIZES[size]
     widths = {name: known[name] for name in ("hidden_size", "num_layers")}
     llama = {**LLAMA, "ffn_size": known["hidden_size"] * 5 // 2}
-    config = pico_config(
-        "cross" if kind == "cross" else "tower", **widths, **llama if kind == "llama" else {}
-    )
+    grouped = {"bias": True, "affine_norm": True, "norm_groups": 2}
+    settings = {"llama": llama, "grouped": grouped}.get(kind, {})
+    config = pico_config("cross" if kind == "cross" else "tower", **widths, **settings)
     sizes = {"vocab_size": known["vocab_size"], "max_positions": known["length"]}
     return dataclasses.replace(config, tied=kind != "llama", **sizes)
 
@@ -67,7 +67,7 @@ def check(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", ["cm3leon", "llama", "cross"])
+@pytest.mark.parametrize("kind", ["cm3leon", "llama", "grouped", "cross"])
 def test_activations_are_those_measured(
     pool: WorkerPool, kind: str, size: str, precision: Precision
 ) -> None:
