@@ -97,8 +97,9 @@ def tower_states(child: WeightsFolder, tower: str, tokens: Tensor) -> Tensor:
     x = child.read("embedding.tokens.weight")[tokens]
     x = x + child.read("embedding.positions.weight")[places]
     settings = child.config.towers[tower]
+    context = reference._context(tokens, None, None)
     for layer in range(settings.num_layers):
-        x = reference._layer(settings, child.read, f"layers.{layer}.{tower}", x)
+        x = reference._layer(settings, child.read, f"layers.{layer}.{tower}", x, context)
     return x
 
 
