@@ -30,9 +30,9 @@ def legal_table(vocabulary: JointVocabulary) -> NDArray[np.bool_]:
     for kind in (Legal.TEXT, Legal.TEXT_OR_BREAK):
         table[kind] = vocabulary.modality == TEXT
         table[kind, vocabulary.eos] = True
-    table[Legal.TEXT_OR_BREAK, vocabulary.break_] = True
+    if vocabulary.has_pictures:
+        table[[Legal.TEXT_OR_BREAK, Legal.BREAK], vocabulary.break_] = True
     table[Legal.CODE] = vocabulary.modality == IMAGE
-    table[Legal.BREAK, vocabulary.break_] = True
     return table
 
 

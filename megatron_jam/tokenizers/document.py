@@ -63,11 +63,13 @@ def question_answer_document(
 
 def image_prompt(vocabulary: JointVocabulary, caption: ArrayLike) -> Tokens:
     """`[E] T [B]`: what a picture's codes follow."""
+    vocabulary.require_pictures()
     return _join(vocabulary.eos, vocabulary.text_id(caption), vocabulary.break_)
 
 
 def unconditional_prompt(vocabulary: JointVocabulary) -> Tokens:
     """`[E] <sentinel:0> [B]`: the prompt of classifier-free guidance, its text masked away."""
+    vocabulary.require_pictures()
     return _join(vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_)
 
 

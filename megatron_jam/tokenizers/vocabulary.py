@@ -27,6 +27,8 @@ TEXT_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 
 _RANGES = ("text", "image", "sentinels")
 _SINGLES = {"bos", "pad", "eos", "unk", "break_", "eoss"}
+NO_ID = -1
+"""`<break>` and `<eoss>` of a vocabulary without picture codes."""
 
 
 class IdRange(NamedTuple):
@@ -44,6 +46,9 @@ class IdRange(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class JointVocabulary:
     """The ids of one model. Ids may exist that are in no range and have no name: they are SPECIAL.
+
+    An LLM's own vocabulary has neither picture codes nor sentinels (ranges of size 0); NO_ID is its
+    `<break>` and its `<eoss>`.
 
     `bos`, `pad`, `eos` and `unk` usually lie inside `text`, yet are SPECIAL. Rows that a model adds
     to pad its embedding are not counted here.
@@ -82,13 +87,16 @@ class JointVocabulary:
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` for ids outside the vocabulary or used twice."""
         ranges = {name: getattr(self, name) for name in _RANGES}
+        least = {"text": 1, "image": int(self.has_pictures), "sentinels": int(self.has_pictures)}
         for name, ids in ranges.items():
-            if ids.start < 0 or ids.size < 1 or ids.stop > self.size:
+            if ids.start < 0 or ids.size < least[name] or ids.stop > self.size:
                 raise UsageError(f"vocabulary: {name} {tuple(ids)} is not within 0..{self.size}")
+        if self.image.size and not self.has_pictures:
+            raise UsageError("vocabulary: image needs ids break_ and eoss")
         ordered = sorted(ranges.values())
         if any(a.stop > b.start for a, b in pairwise(ordered)):
             raise UsageError("vocabulary: the ranges text, image and sentinels overlap")
-        singles = [getattr(self, name) for name in sorted(_SINGLES)]
+        singles = list(self.singles.values())
         if len(set(singles)) < len(singles) or not all(0 <= i < self.size for i in singles):
             raise UsageError(f"vocabulary: special ids {singles} repeat or leave 0..{self.size}")
         if any(ids.start <= i < ids.stop for ids in (self.image, self.sentinels) for i in singles):
@@ -96,9 +104,12 @@ class JointVocabulary:
 
     @classmethod
     def build(cls, *, text_size: int, num_image_codes: int, num_sentinels: int) -> Self:
-        """Lay out text ids (specials first), picture codes, `<break>`, `<eoss>`, sentinels."""
+        """Lay out text ids (specials first), picture codes, `<break>`, `<eoss>`, sentinels; text
+        ids alone if there are 0 codes."""
         image = IdRange(text_size, num_image_codes)
-        sentinels = IdRange(image.stop + 2, num_sentinels)
+        if not num_image_codes:
+            num_sentinels = 0
+        sentinels = IdRange(image.stop + 2 * bool(num_image_codes), num_sentinels)
         bos, pad, eos, unk = range(len(TEXT_SPECIALS))
         return cls(
             size=sentinels.stop,
@@ -109,9 +120,27 @@ class JointVocabulary:
             pad=pad,
             eos=eos,
             unk=unk,
-            break_=image.stop,
-            eoss=image.stop + 1,
+            break_=image.stop if num_image_codes else NO_ID,
+            eoss=image.stop + 1 if num_image_codes else NO_ID,
         )
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether documents with pictures can be written in these ids."""
+        return (self.break_, self.eoss) != (NO_ID, NO_ID)
+
+    @property
+    def singles(self) -> dict[str, int]:
+        """The special ids that there are, by name."""
+        ids = {name: getattr(self, name) for name in sorted(_SINGLES)}
+        return {n: i for n, i in ids.items() if self.has_pictures or n not in ("break_", "eoss")}
+
+    def require_pictures(self) -> None:
+        """Raise :class:`UsageError` if there are no picture codes."""
+        if not self.has_pictures:
+            raise UsageError(
+                "the vocabulary has no picture codes: take one of a model that knows pictures"
+            )
 
     @cached_property
     def modality(self) -> NDArray[np.int8]:
@@ -119,12 +148,13 @@ class JointVocabulary:
         table = np.full(self.size, SPECIAL, dtype=np.int8)
         table[self.text.start : self.text.stop] = TEXT
         table[self.image.start : self.image.stop] = IMAGE
-        table[[getattr(self, name) for name in _SINGLES]] = SPECIAL
+        table[list(self.singles.values())] = SPECIAL
         table.flags.writeable = False
         return table
 
     def image_id(self, codes: ArrayLike) -> NDArray[np.int64]:
         """Joint ids, int64 of the same shape, of picture `codes`; ValueError beyond the range."""
+        self.require_pictures()
         codes = np.asarray(codes, dtype=np.int64)
         _check_within(codes, self.image.size, "picture codes")
         return codes + self.image.start

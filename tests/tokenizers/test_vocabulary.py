@@ -46,6 +46,19 @@ def test_modality_of_the_papers_file():
     assert np.bincount(vocabulary.modality).tolist() == [56316, 8192, 4 + 1024 + 2 + 514]
 
 
+def test_an_llms_own_vocabulary_has_no_pictures(tmp_path):
+    vocabulary = JointVocabulary.build(text_size=10, num_image_codes=0, num_sentinels=3)
+    assert (vocabulary.size, vocabulary.sentinels.size) == (10, 0)
+    assert (vocabulary.break_, vocabulary.eoss) == (-1, -1)
+    assert vocabulary.modality.tolist() == [SPECIAL] * 4 + [TEXT] * 6
+    vocabulary.save(tmp_path / "vocabulary.json")
+    assert JointVocabulary.load(tmp_path / "vocabulary.json") == vocabulary
+    with pytest.raises(UsageError, match="no picture codes"):
+        vocabulary.image_id([0])
+    with pytest.raises(UsageError, match="image needs ids break_ and eoss"):
+        dataclasses.replace(vocabulary, size=14, image=IdRange(10, 4))
+
+
 def test_ids_of_codes_texts_and_sentinels():
     assert VOCABULARY.image_id([0, 3]).tolist() == [10, 13]
     assert VOCABULARY.image_code(VOCABULARY.image_id(np.arange(4))).tolist() == [0, 1, 2, 3]
