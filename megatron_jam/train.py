@@ -20,7 +20,8 @@ def main() -> None:
     from megatron_jam.models.jam import check_layout
     from megatron_jam.parallel.world import start_world, stop_world
     from megatron_jam.training.loop import Training
-    from megatron_jam.training.step import ForwardBackward, Losses
+    from megatron_jam.training.losses import Losses
+    from megatron_jam.training.step import ForwardBackward
     from megatron_jam.training.stop import EXIT_REQUEUE, StopRequested
     from megatron_jam.weights.folder import WeightsFolder
 

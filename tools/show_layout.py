@@ -107,11 +107,10 @@ def describe(
         precision=settings["precision"],
         frozen=settings["freeze"],
     )
-    whole = model_flops(model, context_length=length)
+    counted = {"context_length": length, "frozen": settings["freeze"]}
+    whole = model_flops(model, **counted)
     rows = []
-    for stage, flops in zip(
-        stages, stage_flops(model, parallel, context_length=length), strict=True
-    ):
+    for stage, flops in zip(stages, stage_flops(model, parallel, **counted), strict=True):
         row = dataclasses.asdict(stage)
         row |= row.pop("state")
         row["flops_share"] = flops.forward / whole.forward
@@ -120,6 +119,7 @@ def describe(
     return {
         "parameters": num_parameters(model),
         "training_flops_per_token": whole.training,
+        "training_flops_per_token_full": model_flops(model, attention="full", **counted).training,
         "ranks": parallel.tensor * parallel.pipeline * parallel.context * replicas,
         **settings,
         "stages": rows,
@@ -150,7 +150,8 @@ def as_text(layout: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{layout['parameters']:,} parameters,"
-            f" {layout['training_flops_per_token'] / 1e9:.3g} GFLOPs a token in training",
+            f" {layout['training_flops_per_token'] / 1e9:.4g} GFLOPs a token in training"
+            f" ({layout['training_flops_per_token_full'] / 1e9:.4g} with whole score matrices)",
             f"{layout['ranks']} rank(s): {_degrees(layout)}",
             f"steps of {layout['global_batch_size']} x {layout['context_length']} tokens,"
             f" {layout['micro_batch_size']} x {layout['context_length']} at once on a rank;"

@@ -13,6 +13,7 @@ from megatron_jam.config.cli import parse
 from megatron_jam.config.data import DataConfig, DataSetConfig
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import write_text_atomically
+from megatron_jam.config.loss import LossConfig
 from megatron_jam.config.model import PAIR
 from megatron_jam.config.parallel import ParallelConfig
 
@@ -123,6 +124,9 @@ class RunConfig:
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What tokens count in training."""
 
     log_every: int = 10
     """Steps between log lines."""

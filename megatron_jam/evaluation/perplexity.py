@@ -12,7 +12,8 @@ from megatron_jam.data.loader import collate, evaluation_samples
 from megatron_jam.data.sample import Sample
 from megatron_jam.models.jam import JamModel
 from megatron_jam.parallel.world import World
-from megatron_jam.training.step import Batch, ForwardBackward, Losses
+from megatron_jam.training.losses import Losses
+from megatron_jam.training.step import Batch, ForwardBackward
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import load_weights
 
@@ -59,9 +60,7 @@ def measure_sets(
             with torch.no_grad():
                 rounds.append(step(batches, forward_only=True))
             poll()
-        measured[each.name] = Losses(
-            sums=sum(each.sums for each in rounds), counts=sum(each.counts for each in rounds)
-        )
+        measured[each.name] = Losses.total(rounds)
     return measured
 
 

@@ -44,6 +44,8 @@ class Head(nn.Module):
         tables: list[nn.Parameter] | None,
         labels: Tensor,
         mask: Tensor,
+        *,
+        z_loss: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Sum of the masked losses, and every position's.
 
@@ -52,6 +54,7 @@ class Head(nn.Module):
             tables: the embedding's, if the head reads them.
             labels: int64 [B, S].
             mask: float32 [B, S]; what each position counts.
+            z_loss: see `linear_cross_entropy`.
 
         Returns:
             Nats: the sum, a scalar, and [B, S] without a gradient; see `linear_cross_entropy`.
@@ -64,6 +67,7 @@ class Head(nn.Module):
             mask.T.flatten(),
             num_real=self.num_real,
             group=self.group,
+            z_loss=z_loss,
         )
         return total, losses.view_as(labels.T).T.contiguous()
 

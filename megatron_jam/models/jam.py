@@ -49,9 +49,12 @@ class JamModel(MegatronModule):
         dropout: float = 0.0,
         backend: str = "torch",
         fp8: str = "none",
+        z_loss: float = 0.0,
         chunk: int = 0,
     ) -> None:
         """Build chunk `chunk` of this stage; weights are left for `weights/load.py` to fill.
+
+        `z_loss` is of `linear_cross_entropy`.
 
         Raises:
             UsageError: if the layout does not fit the model, or the backend is not there; the
@@ -65,6 +68,7 @@ class JamModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.model_config = model
         self.recompute, self.dropout = recompute == "full", dropout
+        self.z_loss = z_loss
         self.groups = world.groups
         self.layer_range = stage_layers(model, parallel, stage=world.pipeline.rank, chunk=chunk)
         self.pre_process = world.pipeline.is_first and chunk == 0
@@ -130,7 +134,7 @@ class JamModel(MegatronModule):
         if labels is None:
             return self.head.logits(states, tables)
         assert mask is not None, "labels need a mask"
-        return self.head.loss(states, tables, labels, mask)
+        return self.head.loss(states, tables, labels, mask, z_loss=self.z_loss)
 
     def run_layers(
         self, tokens: Tensor, positions: Tensor, documents: Tensor | None = None

@@ -48,9 +48,13 @@ def linear_cross_entropy(
     *,
     num_real: int,
     group: dist.ProcessGroup,
+    z_loss: float = 0.0,
     at_once: int = LOGITS_AT_ONCE,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each label.
+
+    With `z_loss` the sum has z_loss * (log Z)^2 of each token besides, Z the softmax's denominator,
+    which keeps logits from drifting (PaLM, arXiv 2204.02311, section 5; Chameleon has 1e-5).
 
     Args:
         hidden: [T, d] each, the same on every rank of `group`; their gradients are this rank's
@@ -61,15 +65,16 @@ def linear_cross_entropy(
         mask: float [T]; weight of each token in the sum.
         num_real: rows of this rank that are no padding.
         group: the tensor-parallel ranks.
+        z_loss: weight of the squared logarithm of the denominator.
         at_once: how many logits exist at a time, the same on every rank.
 
     Returns:
         Nats in fp32 (float64 for float64 states): the weighted sum, a scalar that alone carries a
-        gradient, and each token's [T].
+        gradient, and each token's negative log-likelihood [T], without `z_loss`.
     """
     wanted = [torch.is_grad_enabled() and each.requires_grad for each in (*hidden, *tables)]
     num_tokens = max(1, at_once // len(tables[0]))
-    settings = (readings, num_real, group, num_tokens, len(hidden), wanted)
+    settings = (readings, num_real, group, num_tokens, z_loss, len(hidden), wanted)
     return _LinearCrossEntropy.apply(labels, mask, settings, *hidden, *tables)
 
 
@@ -78,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, labels: Tensor, mask: Tensor, settings: tuple, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        readings, num_real, group, num_tokens, num_hidden, wanted = settings
+        readings, num_real, group, num_tokens, z_loss, num_hidden, wanted = settings
         hidden, tables = tensors[:num_hidden], tensors[num_hidden:]
         exact = torch.promote_types(hidden[0].dtype, torch.float32)
         # With several tables or states a rank's readings leave parts of them out.
@@ -87,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             allocate(each, dtype=exact) if needed else None
             for each, needed in zip(tensors, wanted, strict=True)
         ]
-        losses = hidden[0].new_empty(len(labels), dtype=exact)
+        losses, log_z = hidden[0].new_empty(2, len(labels), dtype=exact)
         mask = mask.to(exact)
         for first in range(0, len(labels), num_tokens):
             some = slice(first, first + num_tokens)
@@ -96,7 +101,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(exact)
             del parts
             logits[:, num_real:] = -torch.inf
-            losses[some], slopes = _softmax(logits, labels[some], mask[some], group)
+            slopes = logits  # they take the logits' place
+            losses[some], log_z[some] = _softmax(logits, labels[some], mask[some], group, z_loss)
             if any(wanted):
                 slopes = slopes.to(hidden[0].dtype)
                 _add_gradients(slopes, some, readings, hidden, tables, gradients)
@@ -105,7 +111,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for gradient, each in zip(gradients, tensors, strict=True)
         ]
         ctx.mark_non_differentiable(losses)
-        return (losses * mask).sum(), losses
+        total = (losses * mask).sum()
+        return total + z_loss * (log_z.square() * mask).sum() if z_loss else total, losses
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -117,9 +124,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _softmax(
-    logits: Tensor, labels: Tensor, mask: Tensor, group: dist.ProcessGroup
+    logits: Tensor, labels: Tensor, mask: Tensor, group: dist.ProcessGroup, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """Losses [T] of logits [T, v]; mask * (softmax - one-hot) takes the logits' place."""
+    """Losses and log Z, [T] each, of logits [T, v], whose gradients of the sum take their place:
+    mask * ((1 + 2 z_loss log Z) softmax - one-hot)."""
     top = logits.amax(-1)
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
     logits -= top[:, None]
@@ -130,9 +138,11 @@ def _softmax(
     sums[1] = torch.where(mine, logits.gather(1, local)[:, 0], 0)
     sums[0] = logits.exp_().sum(-1)
     dist.all_reduce(sums, group=group)
-    logits *= (mask / sums[0])[:, None]
+    below = sums[0].log()
+    log_z = below + top
+    logits *= (mask * (1 + 2 * z_loss * log_z) / sums[0])[:, None]
     logits.scatter_add_(1, local, -(mine * mask)[:, None])
-    return sums[0].log() - sums[1], logits
+    return below - sums[1], log_z
 
 
 def _add_gradients(

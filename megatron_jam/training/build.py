@@ -50,6 +50,7 @@ def build_chunks(config: RunConfig, folder: WeightsFolder, world: World) -> list
             dropout=config.dropout,
             backend=config.backend,
             fp8=config.fp8,
+            z_loss=config.loss.z,
             chunk=chunk,
         )
         for chunk in range(config.parallel.interleave)

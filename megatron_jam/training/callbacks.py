@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_jam.training.step import Losses, StepResult
+from megatron_jam.training.losses import Losses
+from megatron_jam.training.step import StepResult
 
 if TYPE_CHECKING:
     from megatron_jam.training.loop import Training

@@ -21,10 +21,11 @@ from megatron_jam.parallel.world import World
 from megatron_jam.training.build import build_chunks, check_run, identity
 from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import Checkpoints
+from megatron_jam.training.losses import Losses
 from megatron_jam.training.metrics import Reporter
 from megatron_jam.training.optimizer import build_optimizer, wrap_chunks
 from megatron_jam.training.preflight import check_replicas, log_start, save_environment
-from megatron_jam.training.step import Batch, ForwardBackward, Losses, StepResult, train_step
+from megatron_jam.training.step import Batch, ForwardBackward, StepResult, train_step
 from megatron_jam.training.stop import StopPoll, StopRequested
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import export_weights
@@ -81,7 +82,8 @@ class Training:
         self.chunks = build_chunks(config, folder, world)
         wrapped = wrap_chunks(self.chunks, world)
         self._optimizer = build_optimizer(wrapped, config.optimizer)
-        self._step = ForwardBackward(wrapped, world, folder.vocabulary)
+        told = {"loss": config.loss, "num_sets": len(config.data.sets)}
+        self._step = ForwardBackward(wrapped, world, folder.vocabulary, **told)
         self._checkpoints = Checkpoints(
             config.output / "checkpoints",
             self.chunks,

@@ -11,7 +11,8 @@ from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.config.run import RunConfig
 from megatron_jam.training.callbacks import Callback
-from megatron_jam.training.step import Losses, StepResult
+from megatron_jam.training.losses import Losses
+from megatron_jam.training.step import StepResult
 
 if TYPE_CHECKING:
     from megatron_jam.training.loop import Training

@@ -13,35 +13,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_jam.config.loss import LossConfig
 from megatron_jam.parallel.context import context_share
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
-
-MODALITIES = ("text", "image", "special")
-"""Names of JointVocabulary.modality's values, in their order."""
+from megatron_jam.training.losses import KINDS, Kinds, Losses, weights_of_kinds
 
 Batch = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Losses:
-    """Sums over the counted tokens of a global batch, by modality of the predicted token."""
-
-    sums: Tensor
-    """Negative log-likelihood in nats, float64 [3]."""
-
-    counts: Tensor
-    """Counted tokens, float64 [3]."""
-
-    @property
-    def mean(self) -> float:
-        """Nats a token over everything counted."""
-        return float(self.sums.sum() / self.counts.sum().clamp(min=1))
-
-    def by_modality(self) -> dict[str, float]:
-        """Nats a token of each modality that occurs."""
-        pairs = zip(MODALITIES, self.sums.tolist(), self.counts.tolist(), strict=True)
-        return {name: total / count for name, total, count in pairs if count}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +49,23 @@ class ForwardBackward:
         chunks: Sequence[MegatronModule],
         world: World,
         vocabulary: JointVocabulary,
+        *,
+        loss: LossConfig = LossConfig(),
+        num_sets: int = 1,
     ) -> None:
-        """Run `chunks`: wrapped for training, or plain for `forward_only`."""
+        """Run `chunks`: wrapped for training, or plain for `forward_only`.
+
+        Args:
+            chunks: this rank's model.
+            world: the ranks.
+            vocabulary: tells the kinds of tokens.
+            loss: what each kind counts in the gradients.
+            num_sets: data sets whose losses are told apart, by a batch's `sets`.
+        """
         self._chunks = list(chunks)
         self._world = world
-        self._modality = torch.tensor(vocabulary.modality, dtype=torch.int64).to(world.device)
+        self._kinds, self._num_sets = Kinds(vocabulary), num_sets
+        self._weights = weights_of_kinds(loss)
         self._schedule = get_forward_backward_func()
 
     def __call__(self, micro_batches: Sequence[Batch], *, forward_only: bool = False) -> Losses:
@@ -83,7 +73,8 @@ class ForwardBackward:
 
         Args:
             micro_batches: this replica's share; tokens, labels, positions int64 [B, S],
-                loss_mask float32 [B, S], and documents int64 [B, S] if each is read by itself.
+                loss_mask float32 [B, S]; documents int64 [B, S] if each is read by itself; sets
+                int64 [B], each sample's data set, by default 0.
             forward_only: leave the gradients alone.
 
         Returns:
@@ -108,37 +99,49 @@ class ForwardBackward:
         return self._collect(reported)
 
     def _forward(self, batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, object]:
-        context = self._world.context
-        batch = {
-            name: context_share(value, context.rank, context.size).to(self._world.device)
-            for name, value in next(batches).items()
-        }
+        batch = self._share(next(batches))
         documents = batch.get("documents")
-        names = ("tokens", "positions", "labels", "loss_mask")
+        names = ("tokens", "positions", "labels", "weights")
         output = chunk(*(batch[name] for name in names), documents)
         return output, partial(self._loss, batch)
+
+    def _share(self, batch: Batch) -> dict[str, Tensor]:
+        """This rank's part of a batch, with each label's weight and its cell of the report."""
+        batch = dict(batch)
+        kinds = self._kinds(batch["labels"])
+        sets = batch.pop("sets", torch.zeros(len(kinds), dtype=torch.int64))
+        batch["weights"] = batch["loss_mask"] * self._weights[kinds]
+        batch["cells"] = sets[:, None] * len(KINDS) + kinds
+        context, device = self._world.context, self._world.device
+        return {
+            name: context_share(value, context.rank, context.size).to(device)
+            for name, value in batch.items()
+        }
 
     def _loss(
         self, batch: Batch, output: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum of the counted losses, their number, and both by modality."""
+        """Weighted sum of the counted losses, their number, and both unweighted by set and kind."""
         total, losses = output
         mask = batch["loss_mask"]
-        kinds = self._modality[batch["labels"]].reshape(-1)
-        report = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=losses.device)
-        report[0].index_add_(0, kinds, (losses * mask).double().reshape(-1))
-        report[1].index_add_(0, kinds, mask.double().reshape(-1))
+        cells = batch["cells"].reshape(-1)
+        shape = (2, self._num_sets * len(KINDS))
+        report = torch.zeros(shape, dtype=torch.float64, device=losses.device)
+        report[0].index_add_(0, cells, (losses * mask).double().reshape(-1))
+        report[1].index_add_(0, cells, mask.double().reshape(-1))
         return total, mask.sum().to(torch.int), {"report": report}
 
     def _collect(self, reported: list[dict[str, Tensor]]) -> Losses:
         world = self._world
-        total = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=world.device)
+        shape = (2, self._num_sets * len(KINDS))
+        total = torch.zeros(shape, dtype=torch.float64, device=world.device)
         for entry in reported:
             total += entry["report"]
         if world.pipeline.is_last:
             dist.all_reduce(total, group=world.replicas.group)
         world.broadcast_from_last_stage(total)
-        return Losses(sums=total[0].cpu(), counts=total[1].cpu())
+        sums, counts = total.cpu().unflatten(1, (self._num_sets, len(KINDS)))
+        return Losses(sums=sums, counts=counts)
 
 
 def train_step(

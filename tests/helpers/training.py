@@ -20,8 +20,9 @@ from megatron_jam.models.sharding import holders, unpack
 from megatron_jam.parallel.world import World
 from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.loop import Training
+from megatron_jam.training.losses import Losses
 from megatron_jam.training.preflight import check_replicas
-from megatron_jam.training.step import ForwardBackward, Losses
+from megatron_jam.training.step import ForwardBackward
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import gather_whole
 from tests.helpers.pico import LLAMA, pico_config, pico_folder, pico_tokenizer, pico_vocabulary

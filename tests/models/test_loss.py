@@ -33,19 +33,25 @@ def material(
 
 
 def direct(
-    states: list[Tensor], tables: list[Tensor], labels: Tensor, mask: Tensor, exact: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
-    """Each token's loss, and the gradients of twice the weighted sum, computed in `exact`."""
+    states: list[Tensor],
+    tables: list[Tensor],
+    labels: Tensor,
+    mask: Tensor,
+    exact: torch.dtype,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The weighted sum, each token's loss, and the gradients of twice the sum, in `exact`."""
     tensors = [each.to(exact).requires_grad_() for each in (*states, *tables)]
     one, other = (tensors[i] @ tensors[i + 2].T for i in range(2))
     ids = torch.arange(one.shape[1])
     logits = torch.where((ids >= TEXT[0]) & (ids < TEXT[1]), other, one)
     losses = F.cross_entropy(logits, labels, reduction="none")
-    return losses.detach(), list(torch.autograd.grad(2 * (losses * mask).sum(), tensors))
+    total = ((losses + z_loss * logits.logsumexp(-1) ** 2) * mask).sum()
+    return total.detach(), losses.detach(), list(torch.autograd.grad(2 * total, tensors))
 
 
 def split(
-    world: World, vocabulary: int, dtype: torch.dtype, at_once: int
+    world: World, vocabulary: int, dtype: torch.dtype, at_once: int, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Sum, each token's loss, and this rank's gradients; padding holds large rows."""
     states, tables, labels, mask = material(vocabulary, dtype)
@@ -72,6 +78,7 @@ def split(
         mask,
         num_real=num_real_rows(vocabulary, world),
         group=world.groups.tp,
+        z_loss=z_loss,
         at_once=at_once,
     )
     total, losses = loss()
@@ -96,7 +103,9 @@ def joined(results: list[tuple[Tensor, Tensor, list[Tensor]]], vocabulary: int) 
 @pytest.mark.parametrize(("vocabulary", "at_once"), [(101, 300), (101, 1 << 24), (5, 7)])
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
+    ("dtype", "tolerance", "z_loss"),
+    [(torch.float64, 1e-11, 0.0), (torch.float32, 1e-5, 0.0), (torch.float64, 1e-11, 0.03)],
+    ids=["fp64", "fp32", "z"],
 )
 def test_equals_torch(
     pool: WorkerPool,
@@ -105,23 +114,24 @@ def test_equals_torch(
     tensor: int,
     dtype: torch.dtype,
     tolerance: float,
+    z_loss: float,
 ) -> None:
     states, tables, labels, mask = material(vocabulary, dtype)
-    losses, gradients = direct(states, tables, labels, mask, torch.float64)
-    results = pool.run(split, ParallelConfig(tensor=tensor), vocabulary, dtype, at_once)
+    due, losses, gradients = direct(states, tables, labels, mask, torch.float64, z_loss)
+    parallel = ParallelConfig(tensor=tensor)
+    results = pool.run(split, parallel, vocabulary, dtype, at_once, z_loss)
     for total, values, _ in results:
         assert values.dtype is dtype
         torch.testing.assert_close(values.double(), losses, rtol=tolerance, atol=tolerance)
-        due = (losses * mask).sum()
         torch.testing.assert_close(total.double(), due, rtol=tolerance, atol=tolerance)
-    for mine, due in zip(joined(results, vocabulary), gradients, strict=True):
-        torch.testing.assert_close(mine.double(), due, rtol=tolerance, atol=10 * tolerance)
+    for mine, slope in zip(joined(results, vocabulary), gradients, strict=True):
+        torch.testing.assert_close(mine.double(), slope, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_bf16_is_summed_in_fp32(pool: WorkerPool, tensor: int) -> None:
     states, tables, labels, mask = material(101, torch.bfloat16)
-    losses, gradients = direct(states, tables, labels, mask, torch.float64)
+    _, losses, gradients = direct(states, tables, labels, mask, torch.float64)
     results = pool.run(split, ParallelConfig(tensor=tensor), 101, torch.bfloat16, 300)
     for _, values, _ in results:
         assert values.dtype is torch.float32

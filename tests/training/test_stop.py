@@ -16,7 +16,8 @@ from megatron_jam.parallel.world import World
 from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import complete_checkpoints
 from megatron_jam.training.loop import Training
-from megatron_jam.training.step import Losses, StepResult
+from megatron_jam.training.losses import Losses
+from megatron_jam.training.step import StepResult
 from megatron_jam.training.stop import StopRequested
 from megatron_jam.weights.folder import WeightsFolder
 from tests.helpers.pool import WorkerPool
