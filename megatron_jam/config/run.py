@@ -194,9 +194,11 @@ class RunConfig:
 
     def save(self, path: Path) -> None:
         """Write the resolved settings as YAML, which `load_run_config` reads back."""
-        write_text_atomically(
-            path, yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
-        )
+        write_text_atomically(path, self.as_yaml())
+
+    def as_yaml(self) -> str:
+        """The resolved settings."""
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
 
 
 def load_run_config(arguments: Sequence[str] | None = None) -> RunConfig:
