@@ -1,4 +1,4 @@
-"""Convert between Hugging Face's checkpoints (OPT, Llama, Chameleon) and weights folders."""
+"""Convert between Hugging Face's checkpoints and weights folders."""
 
 import sys
 from pathlib import Path
@@ -22,21 +22,31 @@ def main(
     *,
     tokenizer: Path | None = None,
     plan: bool = False,
+    own_code: bool = False,
+    vq_model: Path | None = None,
 ) -> None:
     """Name a model's tensors as the other program does, and prove the result.
 
+    An OPT, a Llama, a Chameleon (Anole) and what was exported here come in. A model leaves as the
+    class of transformers that computes it, or with its own code (trust_remote_code=True).
+
     Args:
-        direction: import into a weights folder; export as a stock OPT or Llama.
+        direction: import into a weights folder, or export one.
         source: folder with config.json and safetensors files; to export, a weights folder.
         output: folder to write.
         tokenizer: folder with the tokenizer.json and vocabulary.json of what is imported; else they
-            lie with its files.
+            lie with its files. Chameleon's needs no vocabulary.json: its tokens' names say it.
         plan: print what becomes of every imported tensor, and write nothing.
+        own_code: export with its own code also what a class of transformers computes.
+        vq_model: folder of a Chameleon, whose image tokenizer is exported with a Chameleon.
     """
     if direction == "export" and (plan or tokenizer):
         raise UsageError("--plan and --tokenizer are for import")
+    if direction == "import" and (own_code or vq_model):
+        raise UsageError("--own_code and --vq_model are for export")
     if direction == "export":
-        report(output, WeightsFolder(source).config, export_hugging_face(source, output))
+        certificate = export_hugging_face(source, output, own_code=own_code, vq_model=vq_model)
+        report(output, WeightsFolder(source).config, certificate)
         return
     conversion = read_hugging_face(source, tokenizer or source)
     if plan:

@@ -1,5 +1,6 @@
 """Run a typed function as a command: parse, call, and turn a user's mistake into one line."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from jsonargparse import (
 )
 
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.faults import tell_of_cut_files
 from megatron_jam.config.log import configure_logging
 
 EXIT_USAGE = 2
@@ -25,6 +27,13 @@ _PATH_ERRORS = {
     IsADirectoryError: "this is a folder where a file is needed",
     NotADirectoryError: "this is a file where a folder is needed",
     PermissionError: "no permission to use",
+}
+_DISK_ERRORS = {
+    errno.ENOSPC: "no space left on the disk for",
+    errno.EDQUOT: "the disk quota is used up by",
+    errno.EFBIG: "larger than a file may be here:",
+    errno.EROFS: "the disk is read-only:",
+    errno.EIO: "the disk cannot read or write",
 }
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -38,6 +47,7 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = 
     with status 2.
     """
     configure_logging()
+    tell_of_cut_files()
     with one_line_errors():
         # Its Args are said option by option.
         about = cleandoc(function.__doc__ or "").split("\n\nArgs:")[0]
@@ -86,6 +96,10 @@ class one_line_errors:
         for each, reason in _PATH_ERRORS.items():
             if isinstance(error, each) and error.filename is not None:
                 _leave(f"{reason}: {Path(os.fsdecode(error.filename))}", EXIT_USAGE)
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            # Of a copy's two files the second is the one that is written.
+            path = error.filename2 or error.filename or "what was written"
+            _leave(f"{_DISK_ERRORS[error.errno]} {path}", EXIT_USAGE)
         return False
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to a file that nobody reads yet."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    with writing(path):
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_text_atomically(path: Path | str, text: str) -> None:
@@ -43,8 +46,43 @@ def write_text_atomically(path: Path | str, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    temporary.write_text(text, encoding="utf-8")
-    publish(temporary, path)
+    with writing(path):
+        temporary.write_text(text, encoding="utf-8")
+        publish(temporary, path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name `path` in errors that name no file, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+class Unchanged:
+    """Files that are read for a while, which nobody may write meanwhile."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Note size and time of each."""
+        self.states = {str(path): _state(path) for path in paths}
+        """Inode, size in bytes and time of change in ns by path; None of what is missing."""
+
+    def check(self) -> None:
+        """Raise UsageError, naming the file, if one is not what it was."""
+        for path, state in self.states.items():
+            if _state(Path(path)) != state:
+                raise UsageError(f"{path} was changed while it was read: run this again")
+
+
+def _state(path: Path) -> list[int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def temporary_name(path: Path) -> Path:

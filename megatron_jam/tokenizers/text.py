@@ -59,14 +59,27 @@ class TextTokenizer:
         path = Path(path)
         if not path.is_file():
             raise UsageError(f"no tokenizer at {path}: make one with tools/train_text_tokenizer.py")
+        return cls.parse(path.read_bytes().decode("utf-8", "replace"), path)
+
+    @classmethod
+    def parse(cls, text: str, path: Path) -> Self:
+        """Read the text of a tokenizer.json; `path` is for messages.
+
+        Raises:
+            UsageError: it is no tokenizer.
+        """
         try:
-            return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            return cls(Tokenizer.from_str(text))
         except Exception as error:  # the library raises bare Exception
             raise UsageError(f"{path} is not a tokenizer: {error}") from error
 
     def save(self, path: Path | str) -> None:
         """Write a tokenizer.json."""
-        write_text_atomically(path, self._tokenizer.to_str(pretty=True))
+        write_text_atomically(path, self.as_json())
+
+    def as_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._tokenizer.to_str(pretty=True)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special id, whatever stands in `text`."""

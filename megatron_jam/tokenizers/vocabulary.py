@@ -188,7 +188,11 @@ class JointVocabulary:
 
     def save(self, path: Path | str) -> None:
         """Write as JSON."""
-        write_text_atomically(path, json.dumps(self._as_dict(), indent=2) + "\n")
+        write_text_atomically(path, self.as_json())
+
+    def as_json(self) -> str:
+        """The text of its vocabulary.json."""
+        return json.dumps(self._as_dict(), indent=2) + "\n"
 
     @classmethod
     def load(cls, path: Path | str) -> Self:

@@ -29,7 +29,11 @@ def fixed_prompts(config: ModelConfig) -> Tensor:
 
 
 def certify(
-    config: ModelConfig, source: Callable[[str], Tensor], result: Callable[[str], Tensor]
+    config: ModelConfig,
+    source: Callable[[str], Tensor],
+    result: Callable[[str], Tensor],
+    *,
+    order: Tensor | None = None,
 ) -> dict[str, Any]:
     """Compare the logits of two sets of weights in fp32.
 
@@ -37,6 +41,7 @@ def certify(
         config: the model.
         source: gives each tensor, by canonical name, of what was converted.
         result: gives those of what came out.
+        order: the source's id of each of the result's, int64 [V]; None where they are the same.
 
     Returns:
         Largest difference of two logits, KL divergence (nats a token), share of tokens with the
@@ -46,10 +51,12 @@ def certify(
         UsageError: if a difference is above 1e-4, or a number is not finite.
     """
     prompts = fixed_prompts(config)
+    order = torch.arange(config.vocab_size) if order is None else order
     expected, found = (
-        reference_logits(config, lambda name, get=get: get(name).float(), prompts)
-        for get in (source, result)
+        reference_logits(config, lambda name, get=get: get(name).float(), ids)
+        for get, ids in ((source, order[prompts]), (result, prompts))
     )
+    expected = expected[..., order]
     difference = float((expected - found).abs().max())
     logs, other = F.log_softmax(expected, dim=-1), F.log_softmax(found, dim=-1)
     if not difference <= LARGEST_DIFFERENCE:

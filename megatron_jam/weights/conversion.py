@@ -1,15 +1,21 @@
 """Another program's checkpoint as a weights folder: the plan, the stream, the certificate."""
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_jam import __version__
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import Unchanged
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.models.parameters import Parameter, parameter_table
 from megatron_jam.weights.certificate import certify
 from megatron_jam.weights.folder import FolderWriter
+from megatron_jam.weights.ids import Ids
 from megatron_jam.weights.lazy import Lazy, rows
 
 
@@ -37,11 +43,11 @@ class Conversion:
     config: ModelConfig
     """The model that it holds."""
 
-    tokenizer: Path
-    """Folder with its tokenizer.json and vocabulary.json."""
+    ids: Ids
+    """Its ids."""
 
     tensors: Mapping[str, Lazy]
-    """Every weight, by canonical name."""
+    """Every weight, by canonical name; rows of tokens in the checkpoint's order."""
 
     steps: list[Step]
     """What becomes of each tensor of the checkpoint, in its order."""
@@ -49,31 +55,60 @@ class Conversion:
     origin: Mapping[str, Any]
     """Where it comes from, for provenance.json."""
 
-    def write(self, output: Path) -> dict[str, Any]:
+    unchanged: Unchanged
+    """Its files."""
+
+    def write(self, output: Path, *, file_bytes: int = 4 << 30) -> dict[str, Any]:
         """Write the weights folder, in the checkpoint's dtype, and return its certificate.
 
+        An interrupted call leaves its whole files hidden beside `output`, and the next one of the
+        same checkpoint goes on there.
+
+        Args:
+            output: the folder.
+            file_bytes: largest size of one file, in bytes.
+
         Raises:
-            UsageError: `output` is another kind of folder, dtypes are mixed, or the result is not
-                the source.
+            UsageError: `output` is another kind of folder, dtypes are mixed, a file was changed
+                meanwhile, or the result is not the source.
         """
-        shapes = {entry.name: entry.shape for entry in parameter_table(self.config)}
+        table = {entry.name: entry for entry in parameter_table(self.config)}
+        shapes = {name: entry.shape for name, entry in table.items()}
         (dtype, *others) = sorted({t.dtype for t in self.tensors.values()}, key=str)
         if others:
             raise UsageError(f"the checkpoint mixes {dtype} and {others[0]}")
         with FolderWriter(
-            output, config=self.config, source=self.tokenizer, shapes=shapes, dtype=dtype
+            output,
+            config=self.config,
+            source=self.ids.files,
+            shapes=shapes,
+            dtype=dtype,
+            file_bytes=file_bytes,
+            resume=self._key(),
         ) as writer:
-            for name in shapes:
-                writer.write(name, self.tensors[name].read())
+            for name in writer.left:
+                tensor = self.tensors[name].read()
+                is_of_ids = table[name].is_vocabulary
+                writer.write(name, self.ids.rows(tensor) if is_of_ids else tensor)
             certificate = certify(
-                self.config, lambda name: self.tensors[name].read(), writer.read_back
+                self.config,
+                lambda name: self.tensors[name].read(),
+                writer.read_back,
+                order=self.ids.order,
             )
+            self.unchanged.check()
             writer.finish({**self.origin, "certificate": certificate})
         return certificate
 
+    def _key(self) -> str:
+        """What the folder's tensors are made of, in short."""
+        order = None if self.ids.order is None else self.ids.order.tolist()
+        made_of = [__version__, self.unchanged.states, dataclasses.asdict(self.config), order]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
 
 def fitted(
-    key: str, tensor: Lazy, entry: Parameter, *, most_padding: int, action: str
+    key: str, tensor: Lazy, entry: Parameter, ids: Ids, *, most_padding: int, action: str
 ) -> tuple[Lazy, str]:
     """A tensor as the model has it, without padding of the vocabulary, and what was done.
 
@@ -81,6 +116,7 @@ def fitted(
         key: its name in the checkpoint, for messages.
         tensor: the whole tensor.
         entry: the weight that it becomes.
+        ids: the checkpoint's.
         most_padding: rows that a token table may have beyond the tokenizer's ids.
         action: what was done to have it whole.
 
@@ -101,6 +137,8 @@ def fitted(
             f"{key} has shape {list(tensor.shape)}, but {entry.name} is {list(entry.shape)}: a"
             " part may be missing"
         )
+    if entry.is_vocabulary and ids.order is not None:
+        action = f"{action}, order rows by name"
     return tensor, action
 
 

@@ -19,7 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import check_replaceable, read_json, replace_folder, write_json
+from megatron_jam.config.files import (
+    Unchanged,
+    check_replaceable,
+    read_json,
+    replace_folder,
+    write_json,
+    writing,
+)
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
@@ -57,6 +64,8 @@ class WeightsFolder:
         self._files: dict[str, Any] = {}
         self._headers: dict[Path, dict[str, tuple[int, int]]] = {}
         self._place = read_json(self.path / INDEX).get("weight_map", {})
+        self.unchanged = Unchanged(self.path / name for name in sorted(set(self._place.values())))
+        """Check it when all was read: another program may have written the files meanwhile."""
 
     @property
     def names(self) -> list[str]:
@@ -153,42 +162,51 @@ class FolderWriter:
         path: Path,
         *,
         config: ModelConfig,
-        source: Path,
+        source: Path | Mapping[str, bytes],
         shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype,
         file_bytes: int = 4 << 30,
+        resume: str = "",
     ) -> None:
         """Plan the files.
 
         Args:
             path: the folder to make; one that is there is replaced at the end.
             config: the model's description.
-            source: folder that holds vocabulary.json and tokenizer.json to copy.
+            source: folder that holds vocabulary.json and tokenizer.json to copy, or their bytes by
+                name.
             shapes: shape of each tensor by name, in the order in which they will be written.
             dtype: of all tensors.
             file_bytes: largest size of one file, in bytes, unless one tensor is larger.
+            resume: what all the tensors are made of, in short: an interrupted writer of the same
+                leaves its part of the folder, and this one goes on there. "" leaves nothing.
 
         Raises:
             UsageError: if `source` lacks a file, or `path` is another kind of folder.
         """
         check_replaceable(Path(path), INDEX)
-        for name in (VOCABULARY, TOKENIZER):
-            if not (source / name).is_file():
-                raise UsageError(f"{source} has no {name}: name the folder of a text tokenizer")
+        self._beside = tokenizer_files(source) if isinstance(source, Path) else source
         self.path = Path(path)
         self._part = self.path.parent / f".{self.path.name}.part"
-        self._config, self._source = config, Path(source)
-        self._stream = TensorStream(self._part, shapes, dtype, file_bytes=file_bytes)
+        self._config, self._resume = config, resume
+        self._stream = TensorStream(self._part, shapes, dtype, file_bytes=file_bytes, resume=resume)
+        self.left = list(shapes)
+        """Names of what is to be written, in order: all, or what an interrupted writer left."""
 
     def __enter__(self) -> "FolderWriter":
-        shutil.rmtree(self._part, ignore_errors=True)
-        self._part.mkdir(parents=True)
+        whole, self.left = self.left, self._stream.go_on()
+        if self.left == whole:
+            shutil.rmtree(self._part, ignore_errors=True)
+        with writing(self._part):
+            self._part.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self._part, ignore_errors=True)  # renamed and gone where all went well
+        # Renamed and gone where all went well. A wrong input will not be right the next time.
+        if not (self._resume and error) or isinstance(error, UsageError):
+            shutil.rmtree(self._part, ignore_errors=True)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor of the planned order, of its planned shape."""
@@ -209,8 +227,21 @@ class FolderWriter:
     def finish(self, provenance: Mapping[str, Any]) -> None:
         """Write the small files and rename the folder to its name."""
         self._stream.finish()
-        self._config.save(self._part / CONFIG)
-        for name in (VOCABULARY, TOKENIZER):
-            shutil.copyfile(self._source / name, self._part / name)
+        with writing(self._part):
+            self._config.save(self._part / CONFIG)
+            for name, content in self._beside.items():
+                (self._part / name).write_bytes(content)
         write_json(self._part / PROVENANCE, {**provenance, "sha256": self._stream.hashes})
         replace_folder(self._part, self.path, marker=INDEX)
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The bytes of a folder's vocabulary.json and tokenizer.json, by name.
+
+    Raises:
+        UsageError: one is missing.
+    """
+    for name in (VOCABULARY, TOKENIZER):
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder} has no {name}: name the folder of a text tokenizer")
+    return {name: (folder / name).read_bytes() for name in (VOCABULARY, TOKENIZER)}

@@ -1,4 +1,8 @@
-"""A weights folder as a checkpoint folder of Hugging Face: a stock OPT or Llama."""
+"""A weights folder as a checkpoint folder of Hugging Face.
+
+Where one of transformers' classes computes the model, it becomes that class's; every other one
+brings its code along: `reference.py`, and `hf_modeling.py` around it.
+"""
 
 import shutil
 from pathlib import Path
@@ -7,61 +11,72 @@ from typing import Any
 import torch
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import check_replaceable, replace_folder, write_json
-from megatron_jam.config.model import MAIN, ModelConfig, TowerConfig
-from megatron_jam.models.parameters import parameter_table
-from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.config.files import (
+    Unchanged,
+    check_replaceable,
+    replace_folder,
+    write_json,
+    writing,
+)
+from megatron_jam.config.log import logger
+from megatron_jam.config.model import MAIN
+from megatron_jam.models.parameters import Parameter, parameter_table
 from megatron_jam.weights.certificate import certify
 from megatron_jam.weights.folder import PROVENANCE, TOKENIZER, WeightsFolder
-from megatron_jam.weights.hf_import import read_hugging_face
-from megatron_jam.weights.huggingface import hugging_face_name
+from megatron_jam.weights.hf_import import (
+    VQ_MODEL,
+    read_hugging_face,
+    read_tensors,
+    tensor_files,
+)
+from megatron_jam.weights.hf_settings import own_settings, stock_settings
+from megatron_jam.weights.huggingface import OWN, hugging_face_name
+from megatron_jam.weights.lazy import Lazy
 from megatron_jam.weights.load import check_tensors
 from megatron_jam.weights.stream import INDEX, TensorStream
 
-_ACTIVATIONS = {"relu": "relu", "gelu": "gelu_pytorch_tanh", "silu": "silu"}
-_OPT_EPSILON = 1e-5
-_OPT_OFFSET = 2
+_HERE = Path(__file__).parent
 
 
-def export_hugging_face(source: Path, output: Path) -> dict[str, Any]:
-    """Write a model of one tower as Hugging Face's OPT or Llama; return the certificate.
+def export_hugging_face(
+    source: Path, output: Path, *, own_code: bool = False, vq_model: Path | None = None
+) -> dict[str, Any]:
+    """Write a model for `AutoModelForCausalLM.from_pretrained`; return the certificate.
 
     Args:
         source: weights folder.
-        output: folder to make, which `AutoModelForCausalLM.from_pretrained` reads.
+        output: folder to make.
+        own_code: bring the code along even where a class of transformers computes the model.
+        vq_model: Chameleon at Hugging Face, whose image tokenizer goes into a Chameleon's folder.
 
     Raises:
-        UsageError: neither of the two computes such a model, or `output` is another kind of folder.
+        UsageError: `output` is another kind of folder, or a file was changed meanwhile.
     """
     folder = WeightsFolder(source)
     check_replaceable(output, INDEX)
     if output.resolve() == folder.path.resolve():
         raise UsageError(f"output {output} is the model itself; name another folder")
     check_tensors(folder)
-    settings = hugging_face_settings(folder.config, folder.vocabulary)
-    table = parameter_table(folder.config)
-    names = {entry.name: hugging_face_name(entry.name, settings["model_type"]) for entry in table}
-    dtype = folder.read(folder.names[0], 0, 0, 1).dtype
-    settings["dtype"] = str(dtype).removeprefix("torch.")
+    settings = {} if own_code else _stock(folder, vq_model)
+    settings = settings or own_settings(folder.config, folder.vocabulary)
+    settings["dtype"] = str(folder.dtype).removeprefix("torch.")
+    along, unchanged = _image_tokenizer(settings, vq_model)
     part = output.parent / f".{output.name}.part"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    with writing(part):
+        part.mkdir(parents=True)
     try:
-        shapes = {names[entry.name]: entry.shape for entry in table}
-        stream = TensorStream(part, shapes, dtype)
-        for name, key in names.items():
-            stream.write(key, folder.read(name))
-        stream.finish()
-        write_json(part / "config.json", settings)
-        write_json(part / "tokenizer_config.json", _tokenizer_settings())
-        shutil.copyfile(folder.tokenizer_path, part / TOKENIZER)
+        hashes = _write_tensors(folder, settings["model_type"], along, part)
+        _write_small_files(folder, settings, part)
         certificate = _certificate(folder, part)
+        for files in (folder.unchanged, unchanged):
+            files.check()
         write_json(
             part / PROVENANCE,
             {
                 "made_by": "tools/convert_hf.py",
                 "parents": {"weights": {"folder": str(folder.path), "sha256": folder.sha256}},
-                "sha256": stream.hashes,
+                "sha256": hashes,
                 "certificate": certificate,
             },
         )
@@ -71,87 +86,70 @@ def export_hugging_face(source: Path, output: Path) -> dict[str, Any]:
     return certificate
 
 
-def hugging_face_settings(config: ModelConfig, vocabulary: JointVocabulary) -> dict[str, Any]:
-    """The config.json of an OPT or a Llama that computes what `config` describes.
-
-    Raises:
-        UsageError: neither does; the message says why.
-    """
-    if config.is_pair:
-        raise UsageError(
-            "Hugging Face has no model of two towers: take one out with tools/unfuse.py"
-        )
-    tower = config.towers[MAIN]
-    common = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": tower.hidden_size,
-        "num_hidden_layers": tower.num_layers,
-        "num_attention_heads": tower.num_heads,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tied,
-        "bos_token_id": vocabulary.bos,
-        "eos_token_id": vocabulary.eos,
-        "pad_token_id": vocabulary.pad,
-    }
-    unlike_opt, unlike_llama = _unlike_opt(tower, config), _unlike_llama(tower)
-    if not unlike_opt:
-        return {
-            "model_type": "opt",
-            "architectures": ["OPTForCausalLM"],
-            **common,
-            "ffn_dim": tower.inner_size,
-            "word_embed_proj_dim": tower.hidden_size,
-            "activation_function": _ACTIVATIONS[tower.activation],
-            "do_layer_norm_before": True,
-            "enable_bias": tower.bias,
-            "layer_norm_elementwise_affine": tower.affine_norm,
-            "dropout": 0.0,
-        }
-    if not unlike_llama:
-        return {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            **common,
-            "intermediate_size": tower.inner_size,
-            "num_key_value_heads": tower.kv_heads,
-            "hidden_act": _ACTIVATIONS[tower.activation],
-            "rms_norm_eps": tower.norm_epsilon,
-            "rope_theta": tower.rope_base,
-            "attention_bias": tower.bias,
-            "mlp_bias": tower.bias,
-        }
-    raise UsageError(
-        f"neither OPT nor Llama of Hugging Face computes this tower: no OPT has"
-        f" {', '.join(unlike_opt)}; no Llama has {', '.join(unlike_llama)}"
-    )
+def _stock(folder: WeightsFolder, vq_model: Path | None) -> dict[str, Any]:
+    """Settings of the class that computes the model; none, and a word why, if there is none."""
+    found = stock_settings(folder.config, folder.vocabulary, vq_model)
+    if isinstance(found, str):
+        logger.info("%s: the folder brings its own code (trust_remote_code=True)", found)
+        return {}
+    return found
 
 
-def _unlike_opt(tower: TowerConfig, config: ModelConfig) -> list[str]:
-    """Settings that no OPT has."""
-    unlike = {
-        "positions rope": tower.positions != "learned",
-        "norm rms": tower.norm != "layer",
-        "a gated FFN": tower.gated,
-        "grouped queries": tower.kv_heads != tower.num_heads,
-        "qk_norm": tower.qk_norm,
-        f"norm_groups {tower.norm_groups}": tower.norm_groups != 1,
-        f"norm_epsilon {tower.norm_epsilon}": tower.norm_epsilon != _OPT_EPSILON,
-        f"position_offset {config.position_offset}": config.position_offset != _OPT_OFFSET,
-    }
-    return [name for name, differs in unlike.items() if differs]
+def _image_tokenizer(
+    settings: dict[str, Any], vq_model: Path | None
+) -> tuple[dict[str, Lazy], Unchanged]:
+    """What goes into a Chameleon's folder besides the model, by key."""
+    if vq_model is None:
+        return {}, Unchanged([])
+    if settings["model_type"] != "chameleon":
+        raise UsageError("--vq_model is for models that leave as a Chameleon")
+    files = tensor_files(vq_model)
+    unchanged = Unchanged(files)
+    found = {k: v for k, v in read_tensors(files).items() if k.startswith(f"{VQ_MODEL}.")}
+    if not found:
+        raise UsageError(f"{vq_model} has no {VQ_MODEL}: name a Chameleon with its image tokenizer")
+    return found, unchanged
 
 
-def _unlike_llama(tower: TowerConfig) -> list[str]:
-    """Settings that no Llama has."""
-    unlike = {
-        "learned positions": tower.positions != "rope",
-        "norm layer": tower.norm != "rms",
-        "norms without scale": not tower.affine_norm,
-        f"norm_groups {tower.norm_groups}": tower.norm_groups != 1,
-        "an FFN without a gate": not tower.gated,
-        "qk_norm": tower.qk_norm,
-    }
-    return [name for name, differs in unlike.items() if differs]
+def _write_tensors(
+    folder: WeightsFolder, kind: str, along: dict[str, Lazy], part: Path
+) -> dict[str, str]:
+    """Write the model's tensors and those that go along; return the sha256 of each."""
+    table = parameter_table(folder.config)
+    shapes = {hugging_face_name(each.name, kind): _shape(folder, each, kind) for each in table}
+    shapes |= {key: tensor.shape for key, tensor in along.items()}
+    stream = TensorStream(part, shapes, folder.dtype)
+    for entry, (key, shape) in zip(table, shapes.items(), strict=False):
+        stream.write(key, folder.read(entry.name).view(shape))
+    for key, tensor in along.items():
+        stream.write(key, tensor.read())
+    stream.finish()
+    return stream.hashes
+
+
+def _shape(folder: WeightsFolder, entry: Parameter, kind: str) -> tuple[int, ...]:
+    """A tensor's shape there: norms of heads lie there head by head."""
+    if (
+        kind != OWN
+        and entry.name.endswith(("_norm.weight", "_norm.bias"))
+        and (".attention.q_" in entry.name or ".attention.k_" in entry.name)
+    ):
+        return (entry.shape[0] // (size := folder.config.towers[MAIN].head_size), size)
+    return entry.shape
+
+
+def _write_small_files(folder: WeightsFolder, settings: dict[str, Any], part: Path) -> None:
+    write_json(part / "config.json", settings)
+    write_json(part / "tokenizer_config.json", _tokenizer_settings())
+    with writing(part / TOKENIZER):
+        shutil.copyfile(folder.tokenizer_path, part / TOKENIZER)
+    if settings["model_type"] != OWN:
+        return
+    for source, name in (("reference.py", "reference.py"), ("hf_modeling.py", "modeling_jam.py")):
+        # There the two stand side by side, without this package.
+        text = (_HERE / source).read_text().replace("megatron_jam.weights.reference", ".reference")
+        with writing(part / name):
+            (part / name).write_text(text)
 
 
 def _tokenizer_settings() -> dict[str, Any]:

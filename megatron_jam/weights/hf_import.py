@@ -1,6 +1,7 @@
 """A checkpoint folder of Hugging Face, read and planned."""
 
 import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -8,15 +9,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import read_json
-from megatron_jam.models.parameters import TOKENS, parameter_table
-from megatron_jam.tokenizers.vocabulary import VOCABULARY_FILE, JointVocabulary
+from megatron_jam.config.files import Unchanged, read_json
+from megatron_jam.models.parameters import parameter_table
 from megatron_jam.weights.conversion import Conversion, Step, fitted
 from megatron_jam.weights.huggingface import hugging_face_name, model_config
+from megatron_jam.weights.ids import read_ids
 from megatron_jam.weights.lazy import Lazy
 from megatron_jam.weights.stream import INDEX
 
 SINGLE = "model.safetensors"
+VQ_MODEL = "model.vqmodel"
+"""Room of Chameleon's image tokenizer."""
 MOST_PADDING = 127
 """Rows beyond the tokenizer's ids that a token table may have: tables are padded to multiples of
 up to 128."""
@@ -28,28 +31,32 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _DROPPED = {
-    r"model\.vqmodel\..*": "the image tokenizer",
+    rf"{VQ_MODEL}\..*": "the image tokenizer",
     r".*rotary_emb\.inv_freq": "computed here",
     r".*\.masked_bias|.*\.attn\.bias": "a mask",
 }
 
 
 def read_hugging_face(source: Path, tokenizer: Path) -> Conversion:
-    """Read all but the tensors of an OPT, a Llama or a Chameleon, and plan its conversion.
+    """Read all but the tensors of an OPT, a Llama, a Chameleon or an export of this project, and
+    plan its conversion.
 
     Args:
         source: folder with config.json and safetensors files.
-        tokenizer: folder with the tokenizer.json and vocabulary.json of the checkpoint.
+        tokenizer: folder with the checkpoint's tokenizer.json and vocabulary.json; the latter may
+            be missing where tokens are named as Chameleon's.
 
     Raises:
         UsageError: the folder is not whole, or is no model that towers here can compute.
     """
-    vocabulary = JointVocabulary.load(tokenizer / VOCABULARY_FILE)
+    ids = read_ids(tokenizer)
     settings = read_json(source / "config.json")
-    found = _tensors(source)
+    files = tensor_files(source)
+    unchanged = Unchanged(files)
+    found = read_tensors(files)
     kind = settings.get("model_type", "")
     rows = settings.get("vocab_size", 0)
-    config = model_config({**settings, "vocab_size": vocabulary.size})
+    config = model_config({**settings, "vocab_size": ids.vocabulary.size})
     steps: list[Step] = []
     tensors: dict[str, Lazy] = {}
     for entry in parameter_table(config):
@@ -60,10 +67,10 @@ def read_hugging_face(source: Path, tokenizer: Path) -> Conversion:
         if whole.shape != entry.shape and not entry.is_vocabulary:
             whole = _flat(whole, entry.shape)  # norms of heads lie there head by head
         tensors[entry.name], action = fitted(
-            key, whole, entry, most_padding=MOST_PADDING, action="copy"
+            key, whole, entry, ids, most_padding=MOST_PADDING, action="copy"
         )
         steps.append(Step(source=key, shape=whole.shape, action=action, target=entry.name))
-        if entry.name == TOKENS and whole.shape[0] != rows:
+        if entry.is_vocabulary and whole.shape[0] != rows:
             raise UsageError(f"{source}: config.json says vocab_size {rows}, {key} has another")
     for key, tensor in found.items():
         reasons = [why for form, why in _DROPPED.items() if re.fullmatch(form, key)]
@@ -73,12 +80,16 @@ def read_hugging_face(source: Path, tokenizer: Path) -> Conversion:
         steps.append(Step(source=key, shape=tensor.shape, action=f"drop: {reasons[0]}"))
     origin = {"made_by": "tools/convert_hf.py", "folder": str(source), "model_type": kind}
     return Conversion(
-        config=config, tokenizer=tokenizer, tensors=tensors, steps=steps, origin=origin
+        config=config, ids=ids, tensors=tensors, steps=steps, origin=origin, unchanged=unchanged
     )
 
 
-def _tensors(source: Path) -> dict[str, Lazy]:
-    """All tensors of a folder by key."""
+def tensor_files(source: Path) -> list[Path]:
+    """The safetensors files of a folder.
+
+    Raises:
+        UsageError: there are none, or one is missing.
+    """
     if (source / INDEX).is_file():
         names = sorted(set(read_json(source / INDEX).get("weight_map", {}).values()))
     elif (source / SINGLE).is_file():
@@ -88,11 +99,20 @@ def _tensors(source: Path) -> dict[str, Lazy]:
             f"{source} has neither {SINGLE} nor {INDEX}: save the model with"
             " save_pretrained(..., safe_serialization=True)"
         )
-    found: dict[str, Lazy] = {}
     for name in names:
-        path = source / name
-        if not path.is_file():
-            raise UsageError(f"{path} is missing: copy the whole folder")
+        if not (source / name).is_file():
+            raise UsageError(f"{source / name} is missing: copy the whole folder")
+    return [source / name for name in names]
+
+
+def read_tensors(files: Iterable[Path]) -> dict[str, Lazy]:
+    """All tensors of safetensors files by key.
+
+    Raises:
+        UsageError: a file is damaged, or holds what are no weights.
+    """
+    found: dict[str, Lazy] = {}
+    for path in files:
         try:
             # "pt" is the package's own name for torch.
             file = safe_open(str(path), framework="pt")

@@ -1,5 +1,7 @@
 """Hugging Face's OPT, Llama and Chameleon in this project's terms: settings and names of tensors.
 
+OWN is the kind of the models that bring their code along, with names and settings as here.
+
 Nothing here needs `transformers`; its config.json is enough.
 """
 
@@ -42,12 +44,16 @@ _LLAMA = {
     "head.norm": "model.norm",
     "head.output": "lm_head",
 }
+OWN = "megatron_jam"
 _NAMES = {"opt": _OPT, "llama": _LLAMA, "chameleon": _LLAMA}
 _LAYERS = {"opt": "model.decoder.layers", "llama": "model.layers", "chameleon": "model.layers"}
 
 
 def hugging_face_name(name: str, model_type: str) -> str:
-    """The name there of a tower's tensor `name` here, for an "opt", "llama" or "chameleon"."""
+    """The name there of a tower's tensor `name` here, for an "opt", "llama" or "chameleon"; of any
+    model's for OWN."""
+    if model_type == OWN:
+        return name
     names = _NAMES[model_type]
     stem, kind = name.rsplit(".", 1)
     if layer := re.fullmatch(rf"layers\.(\d+)\.{MAIN}\.(.*)", stem):
@@ -62,8 +68,10 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
         UsageError: it is of another kind, or has an option that towers here do not have.
     """
     kind = settings.get("model_type")
+    if kind == OWN:
+        return ModelConfig.from_dict(settings.get("model", {}))
     if kind not in _NAMES:
-        raise UsageError(f"model_type is {kind!r}; known are {sorted(_NAMES)}")
+        raise UsageError(f"model_type is {kind!r}; known are {sorted([*_NAMES, OWN])}")
     try:
         return ModelConfig(
             towers={MAIN: _opt(settings) if kind == "opt" else _llama(settings)},

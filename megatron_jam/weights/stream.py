@@ -15,10 +15,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_jam.config.files import write_json
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import read_json, write_json, write_text_atomically, writing
+from megatron_jam.config.log import logger
 
 INDEX = "model.safetensors.index.json"
 """Which file holds which tensor."""
+JOURNAL = "journal.json"
+"""Which files of an unfinished folder are whole, and of what they were made."""
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PIECE_BYTES = 2 << 20
@@ -57,6 +61,7 @@ class TensorStream:
         dtype: torch.dtype,
         *,
         file_bytes: int = 4 << 30,
+        resume: str = "",
     ) -> None:
         """Plan the files; the first tensor makes the first of them.
 
@@ -65,9 +70,13 @@ class TensorStream:
             shapes: shape of each tensor by name, in the order in which they will be written.
             dtype: of all tensors.
             file_bytes: largest size of one file, in bytes, unless one tensor is larger.
+            resume: what all the tensors are made of, in short: whole files that an interrupted
+                stream of the same left in the folder are kept. "" keeps none, and no journal.
         """
         self._folder, self._dtype, self._shapes = folder, dtype, dict(shapes)
         self._files = _plan(self._shapes, dtype.itemsize, file_bytes)
+        self._resume = resume and _sha256_of([resume, str(dtype), self._shapes, file_bytes])
+        self._whole: list[dict[str, str]] = []
         self._queue = iter(self._steps())
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hasher")
         self._waiting: deque[Future] = deque()
@@ -76,12 +85,46 @@ class TensorStream:
     def _steps(self) -> Iterable[tuple[str, Any]]:
         """Yield (name, file to append to) in order; headers go before the first tensor."""
         for index, names in enumerate(self._files):
-            with (self._folder / self._file_name(index)).open("wb") as file:
-                file.write(_header({n: self._shapes[n] for n in names}, self._dtype))
+            if index < len(self._whole):
+                continue
+            path = self._folder / self._file_name(index)
+            with writing(path), path.open("wb") as file:
+                file.write(self._header(names))
                 for name in names:
                     yield name, file
                 file.flush()
                 os.fsync(file.fileno())
+            if self._resume:
+                self._whole.append({name: self.hashes[name] for name in names})
+                journal = {"of": self._resume, "files": self._whole}
+                write_text_atomically(self._folder / JOURNAL, json.dumps(journal))
+
+    def go_on(self) -> list[str]:
+        """Keep the files that are whole; the names that are left to be written."""
+        self._whole = self._found()
+        if self._whole:
+            logger.info("goes on: %d of %d files are whole", len(self._whole), len(self._files))
+        for names in self._whole:
+            self._digests.update(names)
+        return [name for name in self._shapes if name not in self._digests]
+
+    def _found(self) -> list[dict[str, str]]:
+        """What the journal says, if it is of the same tensors, and the files are there."""
+        path = self._folder / JOURNAL
+        if not self._resume or not path.is_file():
+            return []
+        journal = read_json(path)
+        if journal.get("of") != self._resume:
+            return []
+        for index, names in enumerate(self._files[: len(journal["files"])]):
+            file = self._folder / self._file_name(index)
+            size = len(self._header(names)) + sum(self._bytes(name) for name in names)
+            if not file.is_file() or file.stat().st_size != size:
+                return journal["files"][:index]
+        return journal["files"]
+
+    def _header(self, names: Iterable[str]) -> bytes:
+        return _header({name: self._shapes[name] for name in names}, self._dtype)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor of the planned order, of its planned shape."""
@@ -101,7 +144,8 @@ class TensorStream:
             left -= len(data)
             for piece in _pieces(data):
                 self._waiting.append(self._hasher.submit(digest.update, piece))
-                file.write(piece)
+                with writing(Path(file.name)):
+                    file.write(piece)
                 if len(self._waiting) > _WAITING:
                     self._waiting.popleft().result()
         assert left == 0, f"{name}: {left} bytes too few"
@@ -111,13 +155,14 @@ class TensorStream:
         """Append the next tensor of the planned order, which lies as it is in another file.
 
         Raises:
-            OSError: the file is shorter than it was.
+            UsageError: the file is shorter than it was.
         """
         file = self._next(name)
         assert stored.size == self._bytes(name), f"{name}: {stored.size} bytes"
         file.flush()
-        with stored.path.open("rb") as source:
-            _copy_range(source.fileno(), stored.offset, file.fileno(), stored.size)
+        with stored.path.open("rb") as source, writing(Path(file.name)):
+            if not _copy_range(source.fileno(), stored.offset, file.fileno(), stored.size):
+                raise UsageError(f"{stored.path} was cut off while it was read: run this again")
         file.seek(0, os.SEEK_END)
         self._digests[name] = stored.sha256
 
@@ -142,6 +187,7 @@ class TensorStream:
             for index, names in enumerate(self._files)
             for name in names
         }
+        (self._folder / JOURNAL).unlink(missing_ok=True)
         write_json(self._folder / INDEX, {"metadata": {}, "weight_map": place})
 
     def read_back(self, name: str) -> Tensor:
@@ -160,6 +206,10 @@ class TensorStream:
         return f"model-{index + 1:05d}-of-{len(self._files):05d}.safetensors"
 
 
+def _sha256_of(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def tensor_sha256(tensor: Tensor) -> str:
     """Hex digest of a contiguous tensor's bytes."""
     return hashlib.sha256(_bytes_of(tensor)).hexdigest()
@@ -174,13 +224,15 @@ def _pieces(data: memoryview) -> Iterator[memoryview]:
         yield data[start : start + _PIECE_BYTES]
 
 
-def _copy_range(source: int, offset: int, target: int, size: int) -> None:
-    """Copy within the kernel, from `offset` of one file to the place of the other."""
+def _copy_range(source: int, offset: int, target: int, size: int) -> bool:
+    """Copy within the kernel, from `offset` of one file to the place of the other; whether the
+    first had so much."""
     while size:
         done = os.sendfile(target, source, offset, size)
         if not done:
-            raise OSError(f"the file ends {size} bytes too early")
+            return False
         offset, size = offset + done, size - done
+    return True
 
 
 def _plan(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:

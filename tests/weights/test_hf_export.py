@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_jam.config.fusion import FusionRecipe
-from megatron_jam.config.model import ModelConfig
 from megatron_jam.fusion.fuse import fuse
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.hf_export import export_hugging_face
@@ -80,24 +79,3 @@ def test_options_of_the_import_alone_are_refused(tmp_path: Path) -> None:
     weights = pico_folder(tmp_path / "w", CONFIGS["opt"], dtype=torch.float32)
     arguments = ("export", str(weights), "hf", "--plan")
     fails(tool("convert_hf", *arguments, cwd=tmp_path), "--plan and --tokenizer are for import")
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (pico_config("cross"), "no model of two towers: take one out with tools/unfuse.py"),
-        (
-            pico_config("tower", **LLAMA, qk_norm=True),
-            "no OPT has positions rope, norm rms, .*qk_norm; no Llama has qk_norm",
-        ),
-        (
-            pico_config("tower", norm_epsilon=1e-6),
-            "no OPT has norm_epsilon 1e-06; no Llama has learned positions",
-        ),
-    ],
-)
-def test_what_has_no_stock_model(config: ModelConfig, message: str, tmp_path: Path) -> None:
-    weights = pico_folder(tmp_path / "w", config, dtype=torch.float32)
-    before = sorted(tmp_path.iterdir())
-    fails(tool("convert_hf", "export", str(weights), "hf", cwd=tmp_path), message)
-    assert sorted(tmp_path.iterdir()) == before

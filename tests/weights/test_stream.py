@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_jam.config.errors import UsageError
 from megatron_jam.weights.stream import INDEX, Stored, TensorStream, read_header
 
 ROWS = 70_000
@@ -59,5 +60,5 @@ def test_a_source_that_ends_early_is_an_error(tmp_path: Path) -> None:
     given = {"b": tensors()["b"]}
     (tmp_path / "short").write_bytes(b"12345678")
     parts = stream(tmp_path / "parts", given)
-    with pytest.raises(OSError, match="ends 4 bytes too early"):
+    with pytest.raises(UsageError, match="short was cut off while it was read"):
         parts.copy("b", Stored(path=tmp_path / "short", offset=2, size=10, sha256=""))
