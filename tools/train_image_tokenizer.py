@@ -5,25 +5,28 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import publish, temporary_name, write_text_atomically
+from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.log import logger
-from megatron_jam.data.prepare import read_tar, record_pixels
+from megatron_jam.data.prepare.pictures import picture_of
+from megatron_jam.data.prepare.readers import read_records
+from megatron_jam.data.prepare.records import fields_of
+from megatron_jam.data.prepare.sheet import COLUMNS, contact_sheet
 from megatron_jam.parallel.device import select_device
 from megatron_jam.tokenizers.image import (
     ImageTokenizer,
     ImageTokenizerConfig,
     check_output,
-    image_from_pixels,
+    pixels_from_levels,
 )
 from megatron_jam.training.image_tokenizer import train_image_tokenizer
 
-COLUMNS, ROWS = 12, 4  # of reconstructions.png, for each set of pictures
+ROWS = 4  # of reconstructions.png, for each set of pictures
 BATCH = 64  # pictures encoded at a time
 
 
@@ -46,9 +49,9 @@ def main(
     """Write OUTPUT: the tokenizer, reconstructions.png, history.json and, last, metrics.json.
 
     Args:
-        source: .tar file of .png, .jpg or .webp pictures to train on; all are held in memory.
+        source: file or folder of pictures, as tools/prepare_images.py reads it; held in memory.
         output: folder to write.
-        validation: .tar file of pictures to reconstruct without training on them.
+        validation: the same of pictures to reconstruct without training on them.
         image_size: height and width of a picture in pixels; others are resized and cropped.
         patch_size: side of the pixel square folded into channels before the first convolution.
         channels: channels of each level; every level after the first halves height and width.
@@ -95,7 +98,9 @@ def show(model: ImageTokenizer, sets: dict[str, Tensor], path: Path) -> dict[str
     codes = encode(model, originals)
     drawn = torch.cat([model.decode(part).cpu() for part in codes.split(BATCH)])
     sizes = [len(pictures) for pictures in sets.values()]
-    save_picture(path, originals, drawn, sizes)
+    shown = [pictures[: ROWS * COLUMNS] for pictures in (*sets.values(), *drawn.split(sizes))]
+    firsts = torch.cat(shown[: len(sets)]), torch.cat(shown[len(sets) :])
+    contact_sheet(*firsts, path, sizes=[len(pictures) for pictures in shown[: len(sets)]])
     metrics = {}
     for name, own in zip(sets, torch.arange(len(originals)).split(sizes), strict=True):
         metrics[name] = measure(originals, drawn, codes, own)
@@ -105,7 +110,8 @@ def show(model: ImageTokenizer, sets: dict[str, Tensor], path: Path) -> dict[str
 
 def read_pictures(path: str, size: int) -> Tensor:
     """Pixels float32 [N, 3, size, size] of the pictures of a .tar."""
-    return torch.stack([record_pixels(record, size) for record in read_tar(path)])
+    found = (picture_of(record, fields_of(record), size) for record in read_records(path))
+    return pixels_from_levels(np.stack(list(found)))
 
 
 def encode(model: ImageTokenizer, pixels: Tensor) -> Tensor:
@@ -125,23 +131,6 @@ def measure(originals: Tensor, drawn: Tensor, codes: Tensor, own: Tensor) -> dic
         "num_codes_used": len(codes[own].unique()),
         "nearest_neighbour_accuracy": round(float((nearest == own).float().mean()), 4),
     }
-
-
-def save_picture(path: Path, originals: Tensor, drawn: Tensor, sizes: list[int]) -> None:
-    """Write rows of originals, each above the row of their reconstructions, set after set."""
-    rows = []
-    for pair in zip(originals.split(sizes), drawn.split(sizes), strict=True):
-        shown = min(COLUMNS * ROWS, len(pair[0]))
-        for begin in range(0, shown, COLUMNS):
-            rows += [pictures[begin : min(begin + COLUMNS, shown)] for pictures in pair]
-    size = originals.shape[-1]
-    sheet = Image.new("RGB", (COLUMNS * size, len(rows) * size), "white")
-    for y, row in enumerate(rows):
-        for x, pixels in enumerate(row):
-            sheet.paste(image_from_pixels(pixels), (x * size, y * size))
-    temporary = temporary_name(path)
-    sheet.save(temporary, format="PNG")
-    publish(temporary, path)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.log import logger
-from megatron_jam.data.prepare import read_texts
+from megatron_jam.data.prepare.corpus import read_texts
 from megatron_jam.tokenizers.text import TOKENIZER_FILE, TextTokenizer
 from megatron_jam.tokenizers.vocabulary import VOCABULARY_FILE, JointVocabulary
 
@@ -23,7 +23,7 @@ def main(
     Example: tools/train_text_tokenizer.py '[text.jsonl, pairs.tar]' outputs/text_tokenizer
 
     Args:
-        inputs: files to train on: .jsonl with "text", or "question" and "answer"; .tar with .txt.
+        inputs: files to train on, as the prepare tools read them: .jsonl, .parquet, .csv, .tar.
         output: folder to write.
         vocab_size: text ids, special ones included; fewer are made if the texts are few.
         num_image_codes: codes of the image tokenizer that will be used.

@@ -13,7 +13,7 @@ from questions import Probe, choose
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.log import logger
-from megatron_jam.data.prepare import read_tar
+from megatron_jam.data.prepare.readers import read_records
 from megatron_jam.generation.page import Card, Section, Table, render_page
 
 matplotlib.use("Agg")
@@ -96,7 +96,7 @@ def answer_cards(data: Path, folder: Path) -> tuple[list[tuple[Probe, Card]], di
     """A card for each answer, and whether its first picture is nearest to the right concept's."""
     keys, pictures = [], []
     for name in ("pairs.tar", "pairs_heldout.tar"):
-        for record in read_tar(data / name):
+        for record in read_records(data / name):
             keys.append(record.key)
             pictures.append(pixels(Image.open(io.BytesIO(record.fields["png"]))))
     originals = np.stack(pictures)

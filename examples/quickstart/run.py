@@ -112,7 +112,10 @@ def prepare(end: str) -> list[list[str]]:
     pairs, both = DATA / f"pairs{end}.tar", [TEXT_TOKENIZER, IMAGE_TOKENIZER]
     questions, text = DATA / f"interleaved{end}.jsonl", DATA / f"text{end}.jsonl"
     return [
-        tool("prepare_interleaved", questions, pairs, *both, SETS / f"answers{end}"),
+        tool(
+            *("prepare_interleaved", questions, TEXT_TOKENIZER, SETS / f"answers{end}"),
+            *(f"--pictures={pairs}", f"--image_tokenizer={IMAGE_TOKENIZER}"),
+        ),
         tool("prepare_images", pairs, *both, SETS / f"pairs{end}"),
         tool("prepare_text", text, TEXT_TOKENIZER, SETS / f"text{end}"),
     ]

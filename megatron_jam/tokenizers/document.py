@@ -7,8 +7,9 @@ published loader):
     caption and image   [E] (T [B] M [B]) x retrieved  T [B] M [E]
     interleaved         [E] T [B] M [B] T ... [E]
     question, answer    [E] question [E] T [B] M [B] T ... [E]
+    several turns       [E] question [E] answer [E] question [E] answer [E]
 
-In the last two each M is followed by [B], also one at the end.
+In the last three each M is followed by [B], also one at the end.
 
 Texts come as the text tokenizer's ids, pictures as codes; documents are int64 joint ids [n].
 """
@@ -55,10 +56,19 @@ def question_answer_document(
 ) -> Tokens:
     """`[E] question [E] T [B] M [B] T ... [E]`; ValueError if question or answer is empty, since
     two [E] in a row mark the border of two documents."""
-    answer = _interleave(vocabulary, parts)
-    if not answer.size:
-        raise ValueError("the answer is empty")
-    return _join(question_prompt(vocabulary, question), answer, vocabulary.eos)
+    return conversation_document(vocabulary, [[("text", question)], parts])
+
+
+def conversation_document(vocabulary: JointVocabulary, turns: Sequence[Sequence[Part]]) -> Tokens:
+    """`[E] question [E] answer [E] question [E] answer [E]`, with T [B] M [B] T ... in each turn;
+    ValueError if a turn is empty or the last question has no answer."""
+    if not turns or len(turns) % 2:
+        raise ValueError("the last question has no answer")
+    laid_out = [_interleave(vocabulary, parts) for parts in turns]
+    for number, turn in enumerate(laid_out):
+        if not turn.size:
+            raise ValueError(f"the {'answer' if number % 2 else 'question'} is empty")
+    return _join(vocabulary.eos, *(each for t in laid_out for each in (t, vocabulary.eos)))
 
 
 def image_prompt(vocabulary: JointVocabulary, caption: ArrayLike) -> Tokens:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -292,18 +293,28 @@ def _decoder(config: ImageTokenizerConfig) -> nn.Sequential:
     )
 
 
-def pixels_from_image(image: Image.Image, size: int) -> Tensor:
-    """Pixels float32 [3, size, size] in [-1, 1] of a picture of any size and mode.
+def levels_from_image(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Red, green and blue, uint8 [size, size, 3], of a picture of any size and mode.
 
     Transparent parts become white; the shorter side is resized to `size`, the middle is kept.
     """
-    image = ImageOps.exif_transpose(image).convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    image = ImageOps.fit(
-        Image.alpha_composite(white, image).convert("RGB"), (size, size), Image.Resampling.LANCZOS
-    )
-    array = np.asarray(image, dtype=np.float32) / 127.5 - 1
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def pixels_from_levels(levels: NDArray[np.uint8]) -> Tensor:
+    """Pixels float32 [..., 3, size, size] in [-1, 1] of `levels` uint8 [..., size, size, 3]."""
+    array = levels.astype(np.float32) / 127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, -3)))
+
+
+def pixels_from_image(image: Image.Image, size: int) -> Tensor:
+    """Pixels float32 [3, size, size] in [-1, 1] of a picture (:func:`levels_from_image`)."""
+    return pixels_from_levels(levels_from_image(image, size))
 
 
 def image_from_pixels(pixels: Tensor) -> Image.Image:

@@ -85,6 +85,12 @@ class TextTokenizer:
         """Ids of `text`, without any special id, whatever stands in `text`."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """:meth:`encode` of each text, faster."""
+        # The fast one leaves out offsets in the text, which nobody asks for.
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [each.ids for each in found]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special ids are left out, broken utf-8 becomes U+FFFD."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

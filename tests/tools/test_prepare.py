@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from megatron_jam.config.cli import run_command
-from megatron_jam.config.errors import UsageError
-from megatron_jam.data import prepare
 from megatron_jam.data.indexed import open_set
+from megatron_jam.data.prepare.readers import read_records
+from megatron_jam.data.prepare.text import load_text_folder
 from megatron_jam.tokenizers.document import answer_mask, split_document
 from megatron_jam.tokenizers.image import ImageTokenizer, ImageTokenizerConfig, pixels_from_image
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
@@ -91,7 +91,7 @@ def world(tmp_path):
 
 
 def opened(world, name):
-    tokenizer, vocabulary = prepare.load_text_folder(world / "text_tokenizer")
+    tokenizer, vocabulary = load_text_folder(world / "text_tokenizer")
     prepared = open_set(world / "sets" / name, vocabulary)
     documents = [prepared.document(i).astype(np.int64) for i in range(prepared.num_documents)]
     return prepared.info, documents, tokenizer, vocabulary
@@ -110,7 +110,7 @@ def shown(vocabulary, tokenizer, document):
 
 
 def test_text_tokenizer(world):
-    tokenizer, vocabulary = prepare.load_text_folder(world / "text_tokenizer")
+    tokenizer, vocabulary = load_text_folder(world / "text_tokenizer")
     assert tokenizer.vocab_size == 300
     assert vocabulary == JointVocabulary.build(text_size=300, num_image_codes=32, num_sentinels=8)
     assert len(tokenizer.encode("fruit")) < 5
@@ -131,7 +131,7 @@ def test_prepare_text(world):
 def test_prepare_images(world, batch_size):
     run_tool(
         *("prepare_images", world / "pairs.tar", world / "text_tokenizer", world / "image"),
-        *(world / "sets/pairs", "--batch_size", batch_size),
+        *(world / "sets/pairs", "--encoding.batch_size", batch_size),
     )
     info, documents, tokenizer, vocabulary = opened(world, "pairs")
     assert info.kind == "pairs"
@@ -148,8 +148,9 @@ def test_prepare_images(world, batch_size):
 
 def test_prepare_interleaved(world):
     run_tool(
-        *("prepare_interleaved", world / "questions.jsonl", world / "pairs.tar"),
-        *(world / "text_tokenizer", world / "image", world / "sets/questions"),
+        *("prepare_interleaved", world / "questions.jsonl", world / "text_tokenizer"),
+        *(world / "sets/questions", "--pictures", world / "pairs.tar"),
+        *("--image_tokenizer", world / "image"),
     )
     info, documents, tokenizer, vocabulary = opened(world, "questions")
     assert info.kind == "interleaved"
@@ -178,8 +179,8 @@ BAD_LINES = {
     b'{"txt": "good"}\n': "text.jsonl:1: 'text' is missing",
     b'{"text": "  "}\n': "text.jsonl:1: 'text' is missing, empty",
     b'{"text": "\\ud800"}\n': "text.jsonl:1: 'text' has a lone surrogate",
-    b"": "text.jsonl is empty",
-    b"\n\n": "text.jsonl is empty",
+    b"": "text.jsonl: the file is empty",
+    b"\n\n": "text.jsonl: the file is empty",
 }
 
 
@@ -204,21 +205,21 @@ BAD_ANSWERS = {
 def test_bad_answers_are_named(world, capsys, message):
     path = write_lines(world / "questions.jsonl", [*RECORDS, BAD_ANSWERS[message]])
     error = fails(
-        *(capsys, "prepare_interleaved", path, world / "pairs.tar"),
-        *(world / "text_tokenizer", world / "image", world / "sets/questions"),
+        *(capsys, "prepare_interleaved", path, world / "text_tokenizer", world / "sets/questions"),
+        *("--pictures", world / "pairs.tar", "--image_tokenizer", world / "image"),
     )
     assert f"{path}:3: " in error
     assert message in error
 
 
 BAD_PAIRS = {
-    "record 'plum' has no caption": {"plum.png": png("lime")},
-    "record 'plum' has no picture": {"plum.txt": b"a plum"},
-    "record 'plum': the caption is not utf-8": {"plum.png": png("lime"), "plum.txt": b"\xff"},
-    "record 'plum': the caption is missing, empty": {"plum.png": png("lime"), "plum.txt": b" "},
+    "record 'plum': 'txt' is missing": {"plum.png": png("lime")},
+    "record 'plum': it has no picture": {"plum.txt": b"a plum"},
+    "record 'plum': 'txt' is not utf-8": {"plum.png": png("lime"), "plum.txt": b"\xff"},
+    "record 'plum': 'txt' is missing, empty": {"plum.png": png("lime"), "plum.txt": b" "},
     "record 'plum': the picture cannot be read": {"plum.png": b"no", "plum.txt": b"a plum"},
     "record 'plum': the picture cannot": {"plum.png": png("lime")[:60], "plum.txt": b"a plum"},
-    "pairs.tar is empty": {},
+    "pairs.tar: the file is empty": {},
 }
 
 
@@ -226,14 +227,16 @@ BAD_PAIRS = {
 def test_bad_pairs_are_named(world, capsys, message):
     path = write_tar(world / "pairs.tar", BAD_PAIRS[message])
     arguments = path, world / "text_tokenizer", world / "image", world / "sets/pairs"
-    assert message in fails(capsys, "prepare_images", *arguments)
+    assert message in fails(capsys, "prepare_images", *arguments, "--bad", "stop")
 
 
 def test_a_truncated_tar_is_named(world, capsys):
     path = world / "pairs.tar"
     path.write_bytes(path.read_bytes()[:700])
     arguments = path, world / "text_tokenizer", world / "image", world / "sets/pairs"
-    assert f"{path} is not a whole .tar file" in fails(capsys, "prepare_images", *arguments)
+    assert f"{path}: it is not a whole .tar file" in fails(
+        capsys, "prepare_images", *arguments, "--bad=stop"
+    )
 
 
 def test_other_mistakes_are_named(world, capsys):
@@ -242,7 +245,9 @@ def test_other_mistakes_are_named(world, capsys):
     no_tokenizer = world / "text.jsonl", world, world / "sets/text"
     assert "no tokenizer at" in fails(capsys, "prepare_text", *no_tokenizer)
     arguments = world / "pairs.tar", world / "text_tokenizer", world / "image", world / "sets/x"
-    assert "batch_size must be" in fails(capsys, "prepare_images", *arguments, "--batch_size", 0)
+    assert "batch_size must be" in fails(
+        capsys, "prepare_images", *arguments, "--encoding.batch_size", 0
+    )
     wrong = JointVocabulary.build(text_size=300, num_image_codes=33, num_sentinels=8)
     wrong.save(world / "text_tokenizer" / "vocabulary.json")
     assert "--num_image_codes 32" in fails(capsys, "prepare_images", *arguments)
@@ -253,20 +258,15 @@ def test_other_mistakes_are_named(world, capsys):
         *(capsys, "train_text_tokenizer", f"[{world / 'text.jsonl'}]", world / "out"),
         *("--vocab_size", 100),
     )
-    assert ".jsonl and .tar" in fails(
-        *(capsys, "train_text_tokenizer", f"[{world / 'text.csv'}]", world / "out")
+    assert "of no known kind" in fails(
+        *(capsys, "train_text_tokenizer", f"[{world / 'text.xml'}]", world / "out")
     )
 
 
 def test_records_of_a_tar_are_neighbours_of_one_key(tmp_path):
     files = {"a/x.b.png": b"1", "a/x.txt": b"2", "b/x.txt": b"3"}
-    records = list(prepare.read_tar(write_tar(tmp_path / "x.tar", files)))
+    records = list(read_records(write_tar(tmp_path / "x.tar", files)))
     assert [(record.key, record.fields) for record in records] == [
         ("a/x", {"b.png": b"1", "txt": b"2"}),
         ("b/x", {"txt": b"3"}),
     ]
-
-
-def test_only_known_files_are_read(tmp_path):
-    with pytest.raises(UsageError, match=r"text\.csv"):
-        list(prepare.read_texts(tmp_path / "text.csv"))

@@ -1,0 +1,1 @@
+"""Raw files become documents: readers, layouts, workers, and what survives a kill."""
