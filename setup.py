@@ -33,10 +33,12 @@ DEPENDENCIES = [
     "zstandard>=0.22,<1",
     "jinja2>=3.1,<4",
     "matplotlib>=3.8,<4",
+    "tensorboard>=2.17,<3",
 ]
 
 OPTIONAL = {
     "gpu": ["transformer-engine[pytorch]>=2.0,<3"],
+    "wandb": ["wandb>=0.17,<1"],
     "deepspeed": ["deepspeed>=0.16,<1"],
     "eval": ["transformers>=4.46,<6", "lm-eval>=0.4.5,<1"],
     "dev": [

@@ -265,6 +265,13 @@ class ModelConfig:
         return PAIR if self.is_pair else (MAIN,)
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts that gradients and learning rates are told apart by: towers' layers, bridges,
+        embeddings, head."""
+        bridges = ("bridges",) if any(map(self.bridges_into, range(self.num_layers))) else ()
+        return (*self.tower_names, *bridges, "embeddings", "head")
+
+    @property
     def num_layers(self) -> int:
         """Layers of the deeper tower."""
         return max(tower.num_layers for tower in self.towers.values())

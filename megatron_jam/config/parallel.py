@@ -30,6 +30,14 @@ class ParallelConfig:
     context: int = 1
     """Ranks that share each sequence (CP), with Transformer Engine's layers alone."""
 
+    overlap_gradients: bool = False
+    """Sum gradients over the replicas during the backward pass, bucket by bucket, not behind it.
+    Not with pipeline stages: their tied tables are summed first."""
+
+    overlap_parameters: bool = False
+    """Gather updated weights from the replicas during the next forward pass; needs
+    overlap_gradients."""
+
     def __post_init__(self) -> None:
         check_types(self, "parallel.")
         for name in ("tensor", "pipeline", "interleave", "context"):
@@ -37,6 +45,13 @@ class ParallelConfig:
                 raise UsageError(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
         if self.sequence and self.tensor == 1:
             raise UsageError("parallel.sequence needs parallel.tensor of at least 2")
+        if self.overlap_parameters and not self.overlap_gradients:
+            raise UsageError("parallel.overlap_parameters needs parallel.overlap_gradients")
+        if self.overlap_gradients and self.pipeline > 1:
+            raise UsageError(
+                f"parallel.overlap_gradients needs parallel.pipeline of 1, not {self.pipeline}:"
+                " with stages the copies of a tied table are summed before the replicas' gradients"
+            )
         if self.interleave > 1 and self.pipeline == 1:
             raise UsageError("parallel.interleave needs parallel.pipeline of at least 2")
 

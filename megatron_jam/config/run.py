@@ -1,10 +1,11 @@
 """The typed settings of a training run; one YAML file, dotted overrides on the command line."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -19,6 +20,41 @@ from megatron_jam.config.parallel import ParallelConfig
 
 FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """What a rank's widths and tokens must be multiples of under each FP8 recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorsConfig:
+    """What the learning rate is multiplied with for each part of a model; all 1 in the paper."""
+
+    main: float = 1.0
+    """Layers of a model of one tower."""
+
+    image: float = 1.0
+    """Layers of a JAM-Cross's image tower."""
+
+    text: float = 1.0
+    """Layers of its text tower."""
+
+    bridges: float = 1.0
+    """Its bridges, which no parent has trained."""
+
+    embeddings: float = 1.0
+    """Tables of tokens and positions, and projections of them; tied output rows are these."""
+
+    head: float = 1.0
+    """The head's projections, norms and output rows of its own."""
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not 0 < value < math.inf:
+                raise UsageError(
+                    f"optimizer.factors.{name} is {value}; it must be above 0 (`freeze` leaves a"
+                    " tower as it is)"
+                )
+
+    def changed(self) -> dict[str, float]:
+        """Those that are not 1."""
+        return {name: f for name, f in dataclasses.asdict(self).items() if f != 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +84,9 @@ class OptimizerConfig:
 
     clip_norm: float = 1.0
     """Largest gradient norm; larger ones are scaled down to it (OPT; not stated in the paper)."""
+
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    """Multiples of the learning rate by part of the model."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"):
@@ -131,6 +170,10 @@ class RunConfig:
     log_every: int = 10
     """Steps between log lines."""
 
+    wandb: str = ""
+    """Project of Weights & Biases that the run reports to besides; none by default. Needs the
+    package wandb."""
+
     validate_every: int = 0
     """Steps between validations; 0 validates at the end alone."""
 
@@ -192,13 +235,17 @@ class RunConfig:
             )
         return self.global_batch_size // at_once
 
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved settings as plain values."""
+        return _plain(dataclasses.asdict(self))
+
     def save(self, path: Path) -> None:
         """Write the resolved settings as YAML, which `load_run_config` reads back."""
         write_text_atomically(path, self.as_yaml())
 
     def as_yaml(self) -> str:
         """The resolved settings."""
-        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+        return yaml.safe_dump(self.as_dict(), sort_keys=False)
 
 
 def load_run_config(arguments: Sequence[str] | None = None) -> RunConfig:
@@ -219,7 +266,7 @@ def load_run_config(arguments: Sequence[str] | None = None) -> RunConfig:
     return RunConfig(**{name: values[name] for name in fields})
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -30,7 +30,7 @@ _ORDER, _CM3 = 0, 1
 
 def build_dataset(
     config: DataConfig, vocabulary: JointVocabulary, *, context_length: int, seed: int
-) -> Dataset:
+) -> Blend:
     """The blend that `config` describes: samples of `context_length` tokens.
 
     Raises:

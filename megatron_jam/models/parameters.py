@@ -119,6 +119,15 @@ def learns(parameter: Parameter, frozen: Collection[str]) -> bool:
     return parameter.is_new or parameter.tower not in frozen
 
 
+def part_of_model(parameter: Parameter) -> str:
+    """Which of `ModelConfig.parts` a weight belongs to."""
+    room = parameter.name.split(".", 1)[0]
+    if room == "layers":
+        assert parameter.tower is not None
+        return parameter.tower
+    return "embeddings" if room == "embedding" else room
+
+
 def num_parameters(config: ModelConfig) -> int:
     """Exact number of weights of a model."""
     return sum(math.prod(parameter.shape) for parameter in parameter_table(config))

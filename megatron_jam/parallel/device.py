@@ -1,6 +1,7 @@
 """Which device a process computes on."""
 
 import os
+import platform
 
 import torch
 
@@ -37,6 +38,17 @@ def select_device() -> torch.device:
 def communication_backend(device: torch.device) -> str:
     """Name of the torch.distributed backend for `device`."""
     return "nccl" if device.type == "cuda" else "gloo"
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is: a GPU's name, or a CPU's architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all that was started on `device` is done, so that the time is known."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

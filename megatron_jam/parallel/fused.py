@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megatron_jam.parallel.device import device_name
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
@@ -119,13 +121,12 @@ def describe_parts(parts: Sequence[Part]) -> str:
 
 def environment(device: torch.device, backend: str) -> dict[str, Any]:
     """What a run computes with, as plain JSON values."""
-    is_cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "megatron_core": version("megatron-core"),
-        "device": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
+        "device": device_name(device),
         "parts": [asdict(part) for part in fused_parts(device, backend)],
     }
 

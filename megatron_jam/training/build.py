@@ -72,4 +72,5 @@ def identity(config: RunConfig, folder: WeightsFolder) -> dict[str, Any]:
         "weights": folder.sha256,
         "dropout": config.dropout,
         "freeze": sorted(config.freeze),
+        "factors": config.optimizer.factors.changed(),  # the optimizer's state is grouped by them
     }

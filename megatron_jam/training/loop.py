@@ -23,7 +23,12 @@ from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import Checkpoints
 from megatron_jam.training.losses import Losses
 from megatron_jam.training.metrics import Reporter
-from megatron_jam.training.optimizer import build_optimizer, wrap_chunks
+from megatron_jam.training.optimizer import (
+    PartNorms,
+    build_optimizer,
+    finish_weights,
+    wrap_chunks,
+)
 from megatron_jam.training.preflight import check_replicas, log_start, save_environment
 from megatron_jam.training.step import Batch, ForwardBackward, StepResult, train_step
 from megatron_jam.training.stop import StopPoll, StopRequested
@@ -81,7 +86,9 @@ class Training:
         self._stop_poll()
         self.chunks = build_chunks(config, folder, world)
         wrapped = wrap_chunks(self.chunks, world)
+        self._wrapped = wrapped
         self._optimizer = build_optimizer(wrapped, config.optimizer)
+        self._part_norms = PartNorms(self.chunks, self._optimizer, world)
         told = {"loss": config.loss, "num_sets": len(config.data.sets)}
         self._step = ForwardBackward(wrapped, world, folder.vocabulary, **told)
         self._checkpoints = Checkpoints(
@@ -139,7 +146,7 @@ class Training:
             for each in self._callbacks:
                 each.step_made(done, result)
             self._stop_poll()
-            if config.validate_every and done % config.validate_every == 0 and done < last:
+            if config.validate_every and done % config.validate_every == 0 and done < config.steps:
                 self._measure()
             if config.checkpoint_every and done % config.checkpoint_every == 0:
                 self._save()
@@ -155,7 +162,8 @@ class Training:
         start = time.perf_counter()
         batches = self._batches(step)
         seconds = time.perf_counter() - start
-        return train_step(self._step, self._optimizer, batches, rate).after(data=seconds)
+        made = train_step(self._step, self._optimizer, batches, rate, self._part_norms)
+        return made.after(data=seconds)
 
     def _batches(self, step: int) -> list[Batch]:
         indices = global_batch_indices(
@@ -168,6 +176,7 @@ class Training:
         isolate = self.config.data.isolate_documents
         return [
             collate([self._dataset.sample(i) for i in each], isolate_documents=isolate)
+            | {"sets": torch.tensor([self._dataset.locate(i)[0] for i in each])}
             for each in indices
         ]
 
@@ -175,12 +184,14 @@ class Training:
         """Save what has been done, unless it is saved already."""
         if self._saved == self._done:
             return
+        finish_weights(self._wrapped)
         path = self._checkpoints.save(self._done)
         self._saved = self._done
         for each in self._callbacks:
             each.saved(self._done, path)
 
     def _measure(self) -> None:
+        finish_weights(self._wrapped)
         measured = self._validate(self._step, self._stop_poll)
         for each in self._callbacks:
             each.validated(self._done, measured)

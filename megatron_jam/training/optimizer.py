@@ -11,34 +11,69 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig as EngineOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from torch import nn
 
+from megatron_jam.config.errors import UsageError
 from megatron_jam.config.run import OptimizerConfig
 from megatron_jam.models.jam import JamModel
+from megatron_jam.models.parameters import part_of_model
 from megatron_jam.models.sharding import holders
 from megatron_jam.parallel.world import World
 
 
 def wrap_chunks(
-    chunks: Sequence[JamModel], world: World, *, distributed_optimizer: bool = True
+    chunks: Sequence[JamModel],
+    world: World,
+    *,
+    distributed_optimizer: bool = True,
+    bucket_size: int | None = None,
 ) -> list[DistributedDataParallel]:
     """Wrap chunks so that gradients are summed over replicas and tied tables over stages.
 
     Gradients are sums over tokens until they are divided by the global number of counted tokens.
+
+    Args:
+        chunks: this rank's model.
+        world: the ranks.
+        distributed_optimizer: whether each replica updates its own share of the weights.
+        bucket_size: weights whose gradients are summed at once where that overlaps the backward
+            pass; Megatron's default is 40 million, or a million for each replica.
+
+    Raises:
+        UsageError: if buckets cannot be cut so that a checkpoint can hold their optimizer's state.
     """
     for chunk in chunks:
         holders(chunk)  # marks the parameters for Megatron
         chunk.config.finalize_model_grads_func = partial(_finalize, world=world)
+    parallel = world.parallel
+    overlaps = parallel.overlap_gradients and world.replicas.size > 1
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed_optimizer,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=overlaps,
+        overlap_param_gather=overlaps and distributed_optimizer and parallel.overlap_parameters,
+        bucket_size=bucket_size,
         grad_reduce_in_fp32=chunks[0].config.params_dtype is torch.bfloat16,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(chunk.config, settings, chunk, pg_collection=world.groups)
         for chunk in chunks
     ]
+    if overlaps:
+        (only,) = wrapped  # stages, and so chunks, are refused by ParallelConfig
+        only.module.config.no_sync_func = only.no_sync
+        _check_buckets(only)
+    return wrapped
+
+
+def finish_weights(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Wait until the last update has reached this rank's weights; before they are read by anything
+    but the forward pass. All ranks take part."""
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def build_optimizer(
@@ -47,7 +82,11 @@ def build_optimizer(
     *,
     distributed_optimizer: bool = True,
 ) -> MegatronOptimizer:
-    """AdamW whose state is split over the replicas; vectors and biases are not decayed."""
+    """AdamW whose state is split over the replicas; vectors and biases are not decayed.
+
+    Raises:
+        UsageError: a learning-rate factor is for a part that the model lacks.
+    """
     dtype = wrapped[0].module.config.params_dtype
     engine = EngineOptimizerConfig(
         optimizer="adam",
@@ -61,7 +100,107 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
     )
-    return get_megatron_optimizer(engine, list(wrapped), use_gloo_process_groups=False)
+    return get_megatron_optimizer(
+        engine,
+        list(wrapped),
+        config_overrides=_overrides(wrapped, config.factors.changed()),
+        use_gloo_process_groups=False,
+    )
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
+    """Set the rate of the next step, times its factor for each group of weights."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_mult"]
+
+
+class PartNorms:
+    """Norms of the parts of a gradient: each tower, bridges, embeddings, head."""
+
+    def __init__(
+        self, chunks: Sequence[JamModel], optimizer: MegatronOptimizer, world: World
+    ) -> None:
+        """Find what this rank holds of each part."""
+        self._optimizer, self._device = optimizer, world.device
+        self._clip = optimizer.config.clip_grad
+        parts = chunks[0].model_config.parts
+        self._held: dict[str, list[nn.Parameter]] = {name: [] for name in parts}
+        for chunk in chunks:
+            for holder in holders(chunk):
+                repeats = holder.split is None and world.tensor.rank > 0
+                if not repeats and not getattr(holder.parameter, "shared", False):
+                    part = part_of_model(holder.parts[0])
+                    self._held[part] += _updated(optimizer, holder.parameter)
+
+    @torch.no_grad()
+    def __call__(self, norm: float) -> dict[str, float]:
+        """After `optimizer.step()`, which clipped the gradient of norm `norm` before clipping: the
+        norms of its parts before clipping, without those that do not learn; all ranks take part."""
+        squares = torch.zeros(len(self._held), dtype=torch.float64, device=self._device)
+        for number, held in enumerate(self._held.values()):
+            gradients = [each.grad for each in held if each.grad is not None]
+            for each in torch._foreach_norm(gradients) if gradients else ():
+                squares[number] += each.double() ** 2
+        dist.all_reduce(squares, group=self._group())
+        scale = min(1.0, self._clip / (norm + 1e-6))  # Megatron's
+        values = (squares.sqrt() / scale).tolist()
+        return {name: value for name, value in zip(self._held, values, strict=True) if value}
+
+    def _group(self) -> dist.ProcessGroup:
+        optimizers = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
+        return optimizers[0].get_grad_stats_parallel_group()
+
+
+def _updated(optimizer: MegatronOptimizer, weight: nn.Parameter) -> list[nn.Parameter]:
+    """What the optimizer updates in place of a weight: this replica's stretch of it, an fp32 copy,
+    or itself; nothing where another replica does or the weight does not learn."""
+    if not weight.requires_grad:
+        return []
+    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+        places = getattr(each, "model_param_group_index_map", None)
+        if places is not None:
+            if weight not in places:
+                continue
+            group, index = places[weight]
+            return [each.optimizer.param_groups[group]["params"][index]]
+        return [getattr(weight, "main_param", weight)]
+    return []
+
+
+def _overrides(
+    wrapped: Sequence[DistributedDataParallel], factors: dict[str, float]
+) -> dict | None:
+    """Megatron's settings by weight for the factors that are not 1; None for its defaults."""
+    if not factors:
+        return None
+    known = wrapped[0].module.model_config.parts
+    for part in factors:
+        if part not in known:
+            raise UsageError(
+                f"optimizer.factors.{part} is for a part that the model lacks; it has"
+                f" {', '.join(known)}"
+            )
+    for chunk in wrapped:
+        for holder in holders(chunk.module):
+            holder.parameter.part_of_model = part_of_model(holder.parts[0])
+    is_vector = ParamPredicate(name="is_vector", fn=lambda weight: weight.dim() == 1)
+    overrides: dict = {ParamKey(name="*.bias", predicate=is_vector): {"wd_mult": 0.0}}
+    for part, factor in factors.items():
+        belongs = ParamPredicate(name=part, fn=lambda weight, p=part: weight.part_of_model == p)
+        overrides[ParamKey(predicate=belongs)] = {"lr_mult": factor}
+    return overrides
+
+
+def _check_buckets(wrapped: DistributedDataParallel) -> None:
+    """Megatron writes the optimizer's state shifted behind a padded bucket, without a word."""
+    for buffer in wrapped.buffers:
+        for bucket in buffer.buckets[:-1]:
+            if bucket.numel_unpadded != bucket.grad_data.numel():
+                raise UsageError(
+                    "parallel.overlap_gradients: the sizes of this model's weights do not divide by"
+                    f" {wrapped.dp_cp_group.size()} replicas, so that checkpoints would be wrong;"
+                    " leave it off"
+                )
 
 
 def _finalize(

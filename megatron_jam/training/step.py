@@ -15,9 +15,11 @@ from torch import Tensor
 
 from megatron_jam.config.loss import LossConfig
 from megatron_jam.parallel.context import context_share
+from megatron_jam.parallel.device import synchronize
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.training.losses import KINDS, Kinds, Losses, weights_of_kinds
+from megatron_jam.training.optimizer import PartNorms, set_learning_rate
 
 Batch = Mapping[str, Tensor]
 
@@ -32,9 +34,13 @@ class StepResult:
     grad_norm: float
     """Norm of the whole gradient before clipping."""
 
+    part_norms: Mapping[str, float]
+    """Of its parts: each tower, bridges, embeddings, head."""
+
     learning_rate: float
     seconds: Mapping[str, float]
-    """Time of this rank's parts of the step: data, forward_backward, optimizer."""
+    """Time of this rank's parts of the step: data, forward_backward, reduction (of gradients over
+    replicas and stages), optimizer (with the sending of updated weights)."""
 
     def after(self, **seconds: float) -> "StepResult":
         """The same with the times of parts that came before it."""
@@ -63,10 +69,17 @@ class ForwardBackward:
             num_sets: data sets whose losses are told apart, by a batch's `sets`.
         """
         self._chunks = list(chunks)
-        self._world = world
+        self._world, self.device = world, world.device
         self._kinds, self._num_sets = Kinds(vocabulary), num_sets
         self._weights = weights_of_kinds(loss)
         self._schedule = get_forward_backward_func()
+        self.reduction_seconds = 0.0
+        """How long the last call's sums of gradients over replicas and stages took, where they do
+        not overlap the backward pass."""
+        settings = self._chunks[0].config
+        if settings.finalize_model_grads_func is not None:
+            self._reduce = settings.finalize_model_grads_func
+            settings.finalize_model_grads_func = self._timed_reduce
 
     def __call__(self, micro_batches: Sequence[Batch], *, forward_only: bool = False) -> Losses:
         """Compute losses and, unless `forward_only`, gradients (divided by the token count).
@@ -97,6 +110,13 @@ class ForwardBackward:
             forward_only=forward_only,
         )
         return self._collect(reported)
+
+    def _timed_reduce(self, *args: object, **kwargs: object) -> None:
+        synchronize(self._world.device)
+        start = time.perf_counter()
+        self._reduce(*args, **kwargs)
+        synchronize(self._world.device)
+        self.reduction_seconds = time.perf_counter() - start
 
     def _forward(self, batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, object]:
         batch = self._share(next(batches))
@@ -149,8 +169,9 @@ def train_step(
     optimizer: MegatronOptimizer,
     micro_batches: Sequence[Batch],
     learning_rate: float,
+    part_norms: PartNorms | None = None,
 ) -> StepResult:
-    """Gradients of a global batch, then one optimizer step.
+    """Gradients of a global batch, then one optimizer step; `part_norms` measures the gradient.
 
     Raises:
         FloatingPointError: on every rank, if the gradient is not finite; checkpoints stay.
@@ -160,12 +181,21 @@ def train_step(
     optimizer.zero_grad()
     losses = step(micro_batches)
     computed = time.perf_counter()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(optimizer, learning_rate)
     _, norm, _ = optimizer.step()
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}: the weights are spoilt")
-    seconds = {"forward_backward": computed - start, "optimizer": time.perf_counter() - computed}
+    parts = part_norms(norm) if part_norms is not None else {}
+    synchronize(step.device)
+    seconds = {
+        "forward_backward": computed - start - step.reduction_seconds,
+        "reduction": step.reduction_seconds,
+        "optimizer": time.perf_counter() - computed,
+    }
     return StepResult(
-        losses=losses, grad_norm=float(norm), learning_rate=learning_rate, seconds=seconds
+        losses=losses,
+        grad_norm=float(norm),
+        part_norms=parts,
+        learning_rate=learning_rate,
+        seconds=seconds,
     )
