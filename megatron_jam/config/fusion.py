@@ -27,11 +27,24 @@ class FusionRecipe:
     output: Path
     """Weights folder to write."""
 
+    tokenizer: Path | None = None
+    """Folder of the child's tokenizer.json and vocabulary.json; none means the image model's. Rows
+    go by what tokens are: parents may number them otherwise, or lack some."""
+
+    positions: Literal[
+        "equal", "image", "llm", "extend(zeros)", "extend(repeat)", "extend(interpolate)"
+    ] = "equal"
+    """`equal` refuses parents with unlike numbers of positions. `image`, `llm`: that parent's
+    number, and where the child has one table its rows. `extend(...)`: the larger number, with rows
+    of zeros, the rows once more, or the rows spread evenly with lines drawn between them."""
+
     text_share: float = 0.5
     """uniform: weight of the LLM in the average (paper eq. 1: 1/2)."""
 
-    fill: Literal["copy", "average"] = "copy"
-    """width: second column of blocks, a copy (paper eq. 2) or the parents' average (eq. 3)."""
+    fill: Literal["copy", "average", "diagonal"] = "copy"
+    """width: second column of blocks, a copy (paper eq. 2) or the parents' average (eq. 3). With
+    `diagonal` the blocks off the diagonal are zero and norms go by halves, so that each half's
+    states begin as exactly its parent's."""
 
     every: int = 2
     """cross: a bridge follows layer l where l % every == 0; 0 means none (paper table 4)."""
@@ -64,7 +77,7 @@ class FusionRecipe:
     spreads them evenly."""
 
     seed: int = 0
-    """cross: of the bridges and the projection."""
+    """Of what no parent has: rows of tokens; in a cross, the bridges and the projection."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -86,7 +99,9 @@ class FusionRecipe:
         for name in ("method", "text", "image", "output"):
             if name not in values:
                 raise UsageError(f"{path}: `{name}` is missing")
-        for name in ("text", "image", "output"):
+        for name in ("text", "image", "output", "tokenizer"):
+            if values.get(name) is None and name == "tokenizer":
+                continue
             if not isinstance(values[name], str):
                 raise UsageError(f"{path}: `{name}` is {values[name]!r}; it must be a folder")
             values[name] = Path(values[name])

@@ -9,21 +9,24 @@ as the wider: rows of the narrower end in zeros, positions and last norm are the
 
 import dataclasses
 
-from torch import Tensor
-from torch.nn import functional as F
+import numpy as np
+import torch
 
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import IMAGE, MAIN, TEXT, BridgeConfig, ModelConfig
+from megatron_jam.fusion.blocks import Blocks, average, held, widened
+from megatron_jam.fusion.parents import Parents
+from megatron_jam.fusion.positions import named_parent
 from megatron_jam.models.parameters import POSITIONS, Parameter
-from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.initial import initial_tensor
 
 
-def cross_config(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe) -> ModelConfig:
-    """Two towers with bridges and a projection."""
+def cross_config(text: ModelConfig, image: ModelConfig, recipe: FusionRecipe) -> ModelConfig:
+    """Two towers with bridges and a projection. Output rows of their own, if a parent has such."""
     return dataclasses.replace(
-        image.config,
-        towers={IMAGE: image.config.towers[MAIN], TEXT: text.config.towers[MAIN]},
+        image,
+        towers={IMAGE: image.towers[MAIN], TEXT: text.towers[MAIN]},
+        tied=image.tied and text.tied,
         bridges=BridgeConfig(
             every=recipe.every,
             layers=recipe.layers,
@@ -34,41 +37,38 @@ def cross_config(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe
         projection_start=recipe.projection,
         tables=recipe.tables,
         head=recipe.head,
-        text_ids=list(text.vocabulary.text),
         alignment=recipe.alignment,
     )
 
 
-def cross_tensor(
-    entry: Parameter,
-    config: ModelConfig,
-    text: WeightsFolder,
-    image: WeightsFolder,
-    recipe: FusionRecipe,
-) -> Tensor:
+def cross_tensor(entry: Parameter, parents: Parents) -> Blocks:
     """One weight of the child: a parent's, or a fresh one drawn from (seed, name)."""
-    name, parents = entry.name, {TEXT: text, IMAGE: image}
+    name, config = entry.name, parents.config
     kind, *rest = name.split(".")
     if kind == "layers":
         layer, tower, *weight = rest
-        return parents[tower].read(".".join([kind, layer, MAIN, *weight]))
+        return parents.get(tower, ".".join([kind, layer, MAIN, *weight]))
     if entry.is_new:
-        return initial_tensor(entry, config, seed=recipe.seed)
+        return held(initial_tensor(entry, config, seed=parents.recipe.seed))
     if entry.tower is not None:
-        return parents[entry.tower].read(name.replace(f".{entry.tower}.", "."))
+        return parents.get(entry.tower, name.replace(f".{entry.tower}.", "."))
     if entry.is_vocabulary:
-        return _token_rows(name, text, image)
-    widest = [each for each in (image, text) if each.config.hidden_size == config.hidden_size]
-    found = [each.read(name) for each in widest if name in each.names]
+        return _token_rows(name, parents)
+    if name == POSITIONS and (one := named_parent(parents.recipe)) is not None:
+        return widened(parents.get(one, name), config.hidden_size)
+    widest = [t for t in (IMAGE, TEXT) if config.towers[t].hidden_size == config.hidden_size]
+    found = [parents.get(tower, name) for tower in widest if parents.has(tower, name)]
     if name == POSITIONS or len(found) == 1:
         return found[0]
-    return (found[0].double() + found[1].double()) / 2  # the last norm
+    return average(found[1], found[0], 1 / 2)  # the last norm
 
 
-def _token_rows(name: str, text: WeightsFolder, image: WeightsFolder) -> Tensor:
-    span = text.vocabulary.text
-    of_image, of_text = image.read(name), text.read(name, 0, span.start, span.stop)
-    rows = of_image.new_zeros(len(of_image), max(of_image.shape[1], of_text.shape[1]))
-    rows[:, : of_image.shape[1]] = of_image
-    rows[span.start : span.stop] = F.pad(of_text, (0, rows.shape[1] - of_text.shape[1]))
-    return rows
+def _token_rows(name: str, parents: Parents) -> Blocks:
+    image, text = (parents.get(tower, name) for tower in (IMAGE, TEXT))
+    columns = max(image.shape[1], text.shape[1])
+    image, text = widened(image, columns), widened(text, columns)
+    is_text = torch.from_numpy(np.array(parents.plan.takes) == TEXT)[:, None]
+    return Blocks(
+        shape=image.shape,
+        rows=lambda i, j: torch.where(is_text[i:j], text.rows(i, j), image.rows(i, j)),
+    )

@@ -1,91 +1,137 @@
-"""From a recipe and two parents to a child, tensor by tensor."""
+"""From a recipe and two parents to a child, streamed."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
 
-from megatron_jam.config.errors import UsageError
+import torch
+
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.log import logger
-from megatron_jam.config.model import ModelConfig
+from megatron_jam.config.model import IMAGE, TEXT, ModelConfig
+from megatron_jam.fusion.certificate import ModelLogits, certify_fusion
+from megatron_jam.fusion.compatibility import Difference, check_parents
 from megatron_jam.fusion.cross import cross_config, cross_tensor
+from megatron_jam.fusion.parents import Parents
+from megatron_jam.fusion.positions import child_positions
 from megatron_jam.fusion.uniform import uniform_config, uniform_tensor
+from megatron_jam.fusion.vocabulary import PLAN_FILE, VocabularyPlan
 from megatron_jam.fusion.width import width_config, width_tensor
-from megatron_jam.models.parameters import TOKENS, num_parameters, parameter_table
-from megatron_jam.weights.folder import FolderWriter, WeightsFolder
-from megatron_jam.weights.load import check_tensors
+from megatron_jam.models.parameters import num_parameters, parameter_table
+from megatron_jam.weights.folder import FolderWriter, WeightsFolder, tokenizer_files
 
-METHODS = {
+METHODS: dict[str, tuple[Callable, Callable]] = {
     "uniform": (uniform_config, uniform_tensor),
     "width": (width_config, width_tensor),
     "cross": (cross_config, cross_tensor),
 }
 
 
-def fuse(recipe: FusionRecipe) -> ModelConfig:
-    """Write the child of `recipe` as a weights folder in the LLM's dtype; return its description.
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """A fusion of which everything but the tensors is settled."""
 
-    Raises:
-        UsageError: if the parents do not fit each other or the method; nothing is written.
-    """
-    text, image = WeightsFolder(recipe.text), WeightsFolder(recipe.image)
-    check_parents(text, image, recipe)
-    configure, compute = METHODS[recipe.method]
-    config = configure(text, image, recipe)
-    table = parameter_table(config)
-    shapes = {entry.name: entry.shape for entry in table}
-    dtype = text.read(TOKENS, 0, 0, 1).dtype
-    with FolderWriter(
-        recipe.output, config=config, source=text.path, shapes=shapes, dtype=dtype
-    ) as writer:
-        for entry in table:
-            writer.write(entry.name, compute(entry, config, text, image, recipe))
-        settings = {k: v for k, v in dataclasses.asdict(recipe).items() if k != "output"}
-        writer.finish(
-            {
-                "made_by": "tools/fuse.py",
-                "image_tokenizer_sha256": image.image_tokenizer_sha256,
-                "recipe": {name: str(value) for name, value in settings.items()},
-                "parents": {
-                    "text": _origin(text),
-                    "image": _origin(image),
-                },
-            }
+    parents: Parents
+    """What it is made of."""
+
+    differences: list[Difference]
+    """In what the parents differ."""
+
+    @classmethod
+    def plan(cls, recipe: FusionRecipe) -> Self:
+        """Settle the child's shape, ids and positions; nothing is written.
+
+        Raises:
+            UsageError: the parents do not fit each other or the method; it says what to do.
+        """
+        text, image = WeightsFolder(recipe.text), WeightsFolder(recipe.image)
+        differences = check_parents(text, image, recipe)
+        mixes = recipe.method != "cross" or recipe.tables == "per_tower"
+        source = recipe.tokenizer or image.path
+        vocabulary = VocabularyPlan.make(text, image, source, mixes=mixes)
+        configure = METHODS[recipe.method][0]
+        config = dataclasses.replace(
+            configure(text.config, image.config, recipe),
+            vocab_size=vocabulary.vocabulary.size,
+            text_ids=list(vocabulary.vocabulary.text),
+            max_positions=child_positions(text.config, image.config, recipe),
+            position_offset=image.config.position_offset,
         )
-    logger.info(
-        "wrote %s: JAM-%s, %s parameters",
-        recipe.output,
-        recipe.method.capitalize(),
-        f"{num_parameters(config):,}",
-    )
-    return config
+        folders = {IMAGE: image, TEXT: text}
+        parents = Parents(folders=folders, plan=vocabulary, config=config, recipe=recipe)
+        return cls(parents=parents, differences=differences)
+
+    def as_lines(self) -> list[str]:
+        """The plan, for a reader."""
+        config, recipe = self.parents.config, self.parents.recipe
+        told = [f"the parents differ in {difference}" for difference in self.differences]
+        told += self.parents.plan.summary()
+        told.append(
+            f"JAM-{recipe.method.capitalize()}: {num_parameters(config):,} parameters,"
+            f" {config.max_positions:,} positions, {config.vocab_size:,} ids"
+        )
+        return told
+
+    def write(self, *, model_logits: ModelLogits | None = None) -> dict[str, Any]:
+        """Write the child, in a dtype that holds both parents', and return its certificate.
+
+        Args:
+            model_logits: computes a folder's logits with models/, for the certificate.
+
+        Raises:
+            UsageError: a parent changed meanwhile, or the child is not what the recipe says;
+                nothing is written.
+        """
+        parents, recipe = self.parents, self.parents.recipe
+        text, image = parents.folders[TEXT], parents.folders[IMAGE]
+        table = parameter_table(parents.config)
+        compute = METHODS[recipe.method][1]
+        dtype = torch.promote_types(text.dtype, image.dtype)
+        with FolderWriter(
+            recipe.output,
+            config=parents.config,
+            source={**tokenizer_files(parents.plan.source), PLAN_FILE: parents.plan.as_tsv().encode()},
+            shapes={entry.name: entry.shape for entry in table},
+            dtype=dtype,
+        ) as writer:
+            for entry in table:
+                blocks = compute(entry, parents)
+                if blocks.stored is not None and blocks.rows(0, 0).dtype == dtype:
+                    writer.copy(entry.name, blocks.stored)
+                else:
+                    writer.write_blocks(entry.name, blocks)
+            for folder in parents.folders.values():
+                folder.unchanged.check()
+            child = writer.complete(self._provenance())
+            certificate = certify_fusion(child, parents.folders, recipe, model_logits)
+            writer.finish({**self._provenance(), "certificate": certificate})
+        logger.info("wrote %s", recipe.output)
+        return certificate
+
+    def _provenance(self) -> dict[str, Any]:
+        parents = self.parents
+        settings = {k: v for k, v in dataclasses.asdict(parents.recipe).items() if k != "output"}
+        return {
+            "made_by": "tools/fuse.py",
+            "image_tokenizer_sha256": parents.folders[IMAGE].image_tokenizer_sha256,
+            "recipe": {name: str(value) for name, value in settings.items()},
+            "differences": [str(each) for each in self.differences],
+            "parents": {name: _origin(folder) for name, folder in parents.folders.items()},
+        }
+
+
+def fuse(recipe: FusionRecipe, *, model_logits: ModelLogits | None = None) -> ModelConfig:
+    """Plan and write the child of `recipe`; return its description."""
+    fusion = Fusion.plan(recipe)
+    for line in fusion.as_lines():
+        logger.info("%s", line)
+    fusion.write(model_logits=model_logits)
+    return fusion.parents.config
 
 
 def _origin(parent: WeightsFolder) -> dict[str, Any]:
     """Where a parent comes from, without what it has written down of its own parents' tensors."""
-    kept = {k: v for k, v in parent.provenance.items() if k not in ("sha256", "parents")}
+    dropped = ("sha256", "parents", "certificate")
+    kept = {k: v for k, v in parent.provenance.items() if k not in dropped}
     return {"folder": str(parent.path), "sha256": parent.sha256, **kept}
-
-
-def check_parents(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe) -> None:
-    """Raise UsageError, naming what differs, unless the two can be fused by the recipe's method."""
-    for folder in (text, image):
-        if recipe.output.resolve() == folder.path.resolve():
-            raise UsageError(f"output {recipe.output} is a parent; name another folder")
-        if folder.config.is_pair:
-            raise UsageError(f"{folder.path} has two towers already; a parent has one")
-        check_tensors(folder)
-    text.require_vocabulary(image.vocabulary, str(image.path))
-    # The vocabulary says which ids are text, but only the tokenizer what text they are.
-    if text.tokenizer_path.read_bytes() != image.tokenizer_path.read_bytes():
-        raise UsageError(
-            f"{text.tokenizer_path} and {image.tokenizer_path} differ; parents share one tokenizer"
-        )
-    # JAM-Cross takes towers as they are.
-    same = ["max_positions", "position_offset", "tied"]
-    same += [] if recipe.method == "cross" else ["towers"]
-    differing = [name for name in same if getattr(text.config, name) != getattr(image.config, name)]
-    if differing:
-        raise UsageError(
-            f"method {recipe.method} needs parents of one shape; {text.path} and {image.path}"
-            f" differ in {', '.join(differing)}"
-        )

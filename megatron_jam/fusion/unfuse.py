@@ -98,15 +98,17 @@ def _half_config(child: ModelConfig, _: str) -> ModelConfig:
         num_heads=wide.num_heads // 2,
         num_kv_heads=wide.num_kv_heads // 2,
         ffn_size=wide.inner_size // 2,
+        norm_groups=max(1, wide.norm_groups // 2),
     )
     return dataclasses.replace(child, towers={MAIN: half})
 
 
 def _half(child: WeightsFolder, name: str, tower: str) -> Tensor:
-    """A parent's tensor `name` in a JAM-Width: the first half is the LLM's, and the first column
-    of blocks holds each parent's own."""
-    whole = child.read(name)
+    """A parent's tensor `name` in a JAM-Width: the first half is the LLM's. Of its block, the first
+    column is the parent's own, but for a diagonal width, where it is the parent's column."""
+    whole, half = child.read(name), int(tower != TEXT)
     if name in (TOKENS, POSITIONS, OUTPUT):
-        return whole.chunk(2, dim=1)[tower != TEXT]
-    rows = whole.chunk(2)[tower != TEXT]
-    return rows if rows.dim() == 1 else rows.chunk(2, dim=1)[0]
+        return whole.chunk(2, dim=1)[half]
+    rows = whole.chunk(2)[half]
+    is_diagonal = child.provenance["recipe"]["fill"] == "diagonal"
+    return rows if rows.dim() == 1 else rows.chunk(2, dim=1)[half if is_diagonal else 0]

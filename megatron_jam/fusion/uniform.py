@@ -1,25 +1,40 @@
 """JAM-Uniform: every weight is an average of the parents' (paper eq. 1)."""
 
+import dataclasses
+
+import numpy as np
+import torch
 from torch import Tensor
 
 from megatron_jam.config.fusion import FusionRecipe
-from megatron_jam.config.model import ModelConfig
-from megatron_jam.models.parameters import Parameter
-from megatron_jam.weights.folder import WeightsFolder
+from megatron_jam.config.model import IMAGE, TEXT, ModelConfig
+from megatron_jam.fusion.blocks import Blocks, average
+from megatron_jam.fusion.parents import Parents
+from megatron_jam.fusion.positions import named_parent
+from megatron_jam.fusion.vocabulary import BOTH
+from megatron_jam.models.parameters import POSITIONS, Parameter
 
 
-def uniform_config(text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe) -> ModelConfig:
+def uniform_config(text: ModelConfig, image: ModelConfig, recipe: FusionRecipe) -> ModelConfig:
     """The child has its parents' shape."""
-    return text.config
+    return dataclasses.replace(text)
 
 
-def uniform_tensor(
-    entry: Parameter,
-    config: ModelConfig,
-    text: WeightsFolder,
-    image: WeightsFolder,
-    recipe: FusionRecipe,
-) -> Tensor:
-    """share * LLM + (1 - share) * image model, in float64."""
-    share = recipe.text_share
-    return share * text.read(entry.name).double() + (1 - share) * image.read(entry.name).double()
+def uniform_tensor(entry: Parameter, parents: Parents) -> Blocks:
+    """share * LLM + (1 - share) * image model; the row of a token that one parent alone has is
+    that one's."""
+    one = named_parent(parents.recipe)
+    if entry.name == POSITIONS and one is not None:
+        return parents.get(one, entry.name)
+    text, image = (parents.get(tower, entry.name) for tower in (TEXT, IMAGE))
+    mean = average(text, image, parents.recipe.text_share)
+    takes = np.array(parents.plan.takes)
+    if not entry.is_vocabulary or (takes == BOTH).all():
+        return mean
+    is_both, is_text = (torch.from_numpy(takes == each)[:, None] for each in (BOTH, TEXT))
+
+    def rows(i: int, j: int) -> Tensor:
+        of_one = torch.where(is_text[i:j], text.rows(i, j), image.rows(i, j))
+        return torch.where(is_both[i:j], mean.rows(i, j), of_one)
+
+    return Blocks(shape=mean.shape, rows=rows)

@@ -95,6 +95,10 @@ class TextTokenizer:
         """The text of `ids`; special ids are left out, broken utf-8 becomes U+FFFD."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def tokens(self) -> dict[str, int]:
+        """The id of each token, as the tokenizer spells it."""
+        return self._tokenizer.get_vocab()
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, specials included."""

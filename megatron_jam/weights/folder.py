@@ -174,7 +174,7 @@ class FolderWriter:
             path: the folder to make; one that is there is replaced at the end.
             config: the model's description.
             source: folder that holds vocabulary.json and tokenizer.json to copy, or their bytes by
-                name.
+                name, and those of other small files.
             shapes: shape of each tensor by name, in the order in which they will be written.
             dtype: of all tensors.
             file_bytes: largest size of one file, in bytes, unless one tensor is larger.
@@ -190,6 +190,7 @@ class FolderWriter:
         self._part = self.path.parent / f".{self.path.name}.part"
         self._config, self._resume = config, resume
         self._stream = TensorStream(self._part, shapes, dtype, file_bytes=file_bytes, resume=resume)
+        self._is_complete = False
         self.left = list(shapes)
         """Names of what is to be written, in order: all, or what an interrupted writer left."""
 
@@ -224,15 +225,26 @@ class FolderWriter:
         """A tensor as it was written; after the last was."""
         return self._stream.read_back(name)
 
-    def finish(self, provenance: Mapping[str, Any]) -> None:
-        """Write the small files and rename the folder to its name."""
+    def complete(self, provenance: Mapping[str, Any]) -> WeightsFolder:
+        """Write the small files, and open the folder, which has not its name yet."""
         self._stream.finish()
         with writing(self._part):
             self._config.save(self._part / CONFIG)
             for name, content in self._beside.items():
                 (self._part / name).write_bytes(content)
-        write_json(self._part / PROVENANCE, {**provenance, "sha256": self._stream.hashes})
+        self._save(provenance)
+        self._is_complete = True
+        return WeightsFolder(self._part)
+
+    def finish(self, provenance: Mapping[str, Any]) -> None:
+        """Write the small files, if they are not yet, and rename the folder to its name."""
+        if not self._is_complete:
+            self.complete(provenance)
+        self._save(provenance)
         replace_folder(self._part, self.path, marker=INDEX)
+
+    def _save(self, provenance: Mapping[str, Any]) -> None:
+        write_json(self._part / PROVENANCE, {**provenance, "sha256": self._stream.hashes})
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:

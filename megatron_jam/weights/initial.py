@@ -51,6 +51,11 @@ def initial_tensor(parameter: Parameter, config: ModelConfig, *, seed: int, pad:
     return value
 
 
+def drawn_row(token: str, width: int, std: float, *, seed: int) -> Tensor:
+    """float32 [width]: a fresh row of a token table, N(0, std) cut at 3 sigma, of (seed, token)."""
+    return _truncated((width,), std, torch.Generator().manual_seed(_seed(seed, token)))
+
+
 def _truncated(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:
     value = torch.empty(shape)
     return torch.nn.init.trunc_normal_(value, 0.0, std, -3 * std, 3 * std, generator=generator)

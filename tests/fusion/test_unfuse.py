@@ -36,6 +36,7 @@ def parents(root: Path, text: ModelConfig, image: ModelConfig) -> dict[str, Path
         ("cross", SEPARATE, OPT, NARROW),
         ("width", {"fill": "copy"}, OPT, OPT),
         ("width", {"fill": "average"}, UNTIED, UNTIED),
+        ("width", {"fill": "diagonal"}, OPT, OPT),
     ],
 )
 def test_what_was_kept_apart_comes_back(

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import ModelConfig
+from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.fusion.fuse import fuse
 from megatron_jam.models.parameters import num_parameters
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.reference import reference_logits
-from tests.helpers.pico import pico_config, pico_folder
+from tests.helpers.pico import LLAMA, pico_config, pico_folder
+from tests.helpers.pool import WorkerPool
+from tests.helpers.runs import whole_logits
 
 D = 32
 
@@ -34,7 +37,7 @@ def make(root: Path, config: ModelConfig, fill: str) -> tuple[WeightsFolder, ...
     return WeightsFolder(text), WeightsFolder(image), WeightsFolder(root / "child")
 
 
-@pytest.fixture(scope="module", params=["copy", "average"])
+@pytest.fixture(scope="module", params=["copy", "average", "diagonal"])
 def family(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, tuple[WeightsFolder, ...]]:
@@ -54,7 +57,9 @@ def test_child_is_twice_as_wide(family: tuple[str, tuple[WeightsFolder, ...]]) -
     assert sum(read) == num_parameters(child.config)
 
 
-def test_every_projection_is_eq_2_or_3(family: tuple[str, tuple[WeightsFolder, ...]]) -> None:
+def test_every_projection_is_eq_2_or_3_or_diagonal(
+    family: tuple[str, tuple[WeightsFolder, ...]],
+) -> None:
     fill, (text, image, child) = family
     matrices = [n for n in child.names if n.endswith("weight") and n.startswith("layers.")]
     matrices = [n for n in matrices if "norm" not in n]
@@ -62,12 +67,16 @@ def test_every_projection_is_eq_2_or_3(family: tuple[str, tuple[WeightsFolder, .
     for name in matrices:
         t, i, c = text.read(name), image.read(name), child.read(name)
         rows, columns = t.shape
-        second_t, second_i = (t, i) if fill == "copy" else ((t + i) / 2,) * 2
+        none = torch.zeros_like(t)
+        due = {
+            "copy": ((t, t), (i, i)),
+            "average": ((t, (t + i) / 2), (i, (t + i) / 2)),
+            "diagonal": ((t, none), (none, i)),
+        }[fill]
         assert c.shape == (2 * rows, 2 * columns)
-        assert torch.equal(c[:rows, :columns], t), name
-        assert torch.equal(c[rows:, :columns], i), name
-        assert torch.equal(c[:rows, columns:], second_t), name
-        assert torch.equal(c[rows:, columns:], second_i), name
+        for line, half in zip(due, c.chunk(2), strict=True):
+            for block, found in zip(line, half.chunk(2, dim=1), strict=True):
+                assert torch.equal(found, block), name
 
 
 def test_tables_and_vectors_stand_side_by_side(
@@ -86,6 +95,45 @@ def test_tables_and_vectors_stand_side_by_side(
         assert torch.equal(child.read(name)[:size], text.read(name)), name
         assert torch.equal(child.read(name)[size:], image.read(name)), name
     assert len(child.names) == len(tables) + len(vectors) + 2 * 6
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"bias": True, "affine_norm": True},
+        {**LLAMA, "qk_norm": True},
+        {"activation": "gelu", "norm": "rms"},
+    ],
+    ids=["opt", "chameleon", "rms"],
+)
+def test_each_half_of_a_diagonal_width_is_its_parent(
+    kind: dict, tmp_path: Path, pool: WorkerPool
+) -> None:
+    """Its states in every layer, and so its logits are the sum of the parents'."""
+    text, image, child = make(tmp_path, pico_config("tower", num_layers=2, **kind), "diagonal")
+    assert child.config.towers["main"].norm_groups == 2
+    tokens = torch.randint(4, 322, (2, 9), generator=torch.Generator().manual_seed(0))
+    due = [reference_logits(folder.config, folder.read, tokens) for folder in (text, image)]
+    assert not torch.allclose(*due, rtol=0.1)
+    found = reference_logits(child.config, child.read, tokens)
+    torch.testing.assert_close(found, due[0] + due[1], rtol=1e-12, atol=1e-12)
+    for half in range(2):
+        # Output rows that read one half alone show that half's states.
+        def rows(name: str, half: int = half) -> Tensor:
+            whole = child.read(name)
+            if name != "embedding.tokens.weight":
+                return whole
+            return torch.cat([whole, whole * halves(half)])
+
+        logits = reference_logits(child.config, rows, tokens)[..., 322:]
+        torch.testing.assert_close(logits, due[half], rtol=1e-12, atol=1e-12)
+    (by_models,) = pool.run(whole_logits, ParallelConfig(), child.path, tokens, torch.float64)
+    torch.testing.assert_close(by_models, found, rtol=1e-12, atol=1e-12)
+
+
+def halves(half: int) -> Tensor:
+    """1 for the columns of a half, else 0."""
+    return (torch.arange(2 * D) // D == half).double()
 
 
 def test_projection_reads_the_sum_of_both_halves(tmp_path: Path) -> None:
