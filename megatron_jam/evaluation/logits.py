@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.models.jam import JamModel
+from megatron_jam.models.parameters import num_parameters
 from megatron_jam.parallel.world import World
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import load_weights
@@ -61,6 +63,19 @@ def folder_logits(
         logits.copy_(torch.cat(found, dim=1).transpose(0, 1)[: len(ids), :, : config.vocab_size])
     world.broadcast_from_last_stage(logits)
     return logits.cpu().numpy() if world.rank == 0 else None
+
+
+def logits_if_room(path: Path, ids: NDArray[np.int64], world: World) -> NDArray[np.float32] | str:
+    """`folder_logits` in fp32 on one rank, or a line that says why the memory does not hold it."""
+    config = WeightsFolder(path).config
+    # Weights, and logits twice: as they come, and whole.
+    needed = 4 * (num_parameters(config) + 2 * ids.size * config.vocab_size)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        return f"models/ needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    logits = folder_logits(path, ids, world)
+    assert logits is not None
+    return logits
 
 
 def _forward(chunks: list[JamModel], ids: Tensor, world: World) -> list[Tensor]:

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from megatron_jam.config.files import read_settings
+from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.models.parameters import POSITIONS, num_parameters, parameter_table
 
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 PAPER_COUNTS = {
     "tower": 6_729_801_728,
@@ -31,3 +33,27 @@ def test_exact_count(name: str) -> None:
     shapes = {entry.name: entry.shape for entry in parameter_table(model)}
     assert shapes[POSITIONS][0] == 4_098
     assert model.vocab_size == 66_056
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "settings"),
+    [
+        ("uniform", "uniform", {"text_share": 0.5}),
+        ("width_copy", "width", {"fill": "copy"}),
+        ("width_average", "width", {"fill": "average"}),
+        ("width_diagonal", "width", {"fill": "diagonal"}),
+        ("cross_none", "cross", {"every": 0}),
+        ("cross_every1", "cross", {"every": 1}),
+        ("cross_every2", "cross", {"every": 2}),
+        ("cross_every4", "cross", {"every": 4}),
+    ],
+)
+def test_recipes_of_the_paper(name: str, method: str, settings: dict) -> None:
+    recipe = FusionRecipe.load(RECIPES / f"{name}.yaml")
+    assert (recipe.method, recipe.output.name) == (method, name)
+    assert {key: getattr(recipe, key) for key in settings} == settings
+    assert (recipe.bridges, recipe.projection, recipe.tables) == ("random", "random", "shared")
+
+
+def test_every_recipe_is_known() -> None:
+    assert len(list(RECIPES.iterdir())) == 8

@@ -103,15 +103,42 @@ def test_init_without_its_file(home: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fuse_refuses_another_vocabulary(home: Path, tmp_path: Path) -> None:
+def test_fuse_refuses_unlike_parents(home: Path, tmp_path: Path) -> None:
+    recipe = {"method": "width", "text": str(home / "model"), "image": str(home / "three_heads")}
+    name = write(tmp_path / "recipe.yaml", {**recipe, "output": "child"})
+    before = sorted(tmp_path.iterdir())
+    fails(tool("fuse", name, cwd=tmp_path), r"differ in num_heads \(4, 3\).*take method cross")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_fuse_plans_makes_and_measures(home: Path, tmp_path: Path) -> None:
     tower = pico_config("tower", num_heads=4, num_layers=1, hidden_size=24)
-    image = pico_folder(tmp_path / "image", tower, dtype=torch.float32)
-    OTHER.save(image / VOCABULARY)
+    pico_folder(tmp_path / "image", tower, dtype=torch.float32, seed=1)
     recipe = {"method": "cross", "text": str(home / "model"), "image": "image", "output": "child"}
     name = write(tmp_path / "recipe.yaml", recipe)
     before = sorted(tmp_path.iterdir())
-    fails(tool("fuse", name, cwd=tmp_path), "the vocabulary of image is not the one of .*/model")
+    planned = tool("fuse", name, "--plan", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
     assert sorted(tmp_path.iterdir()) == before
+    lines = planned.stdout.splitlines()
+    assert "text ids 296: the LLM's rows 296" in planned.stderr + planned.stdout
+    assert lines[-1].split("\t") == ["321", "<sentinel:3>", "image", "321", "321"]
+
+    sets = f"[{{name: a, path: {home / 'set'}}}, {{name: b, path: {home / 'other'}}}]"
+    done = tool("fuse", name, "--sets", sets, "--context_length", "8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    child = WeightsFolder(tmp_path / "child")
+    certificate = child.provenance["certificate"]
+    assert certificate["largest_error_in_ulp"] == 0
+    assert 0 < certificate["models_and_reference"] < 1e-5
+    (rows,) = [json.loads((tmp_path / "child" / "retention.json").read_text())]
+    assert [(row["set"], row["model"]) for row in rows] == [
+        (name, model) for name in ("a", "b") for model in ("LLM", "image model", "child")
+    ]
+    # Set b is of another vocabulary; set a has no pictures.
+    assert all(row["text"] is None and row["image"] is None for row in rows[3:])
+    assert len({row["text"] for row in rows[:3]}) == 3
+    assert all(row["text"] > 1 and row["image"] is None for row in rows[:3])
 
 
 def test_evaluate_writes_perplexities(home: Path, tmp_path: Path) -> None:
