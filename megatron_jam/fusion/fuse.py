@@ -83,7 +83,7 @@ class Fusion:
             UsageError: a parent changed meanwhile, or the child is not what the recipe says;
                 nothing is written.
         """
-        parents, recipe = self.parents, self.parents.recipe
+        parents, recipe, plan = self.parents, self.parents.recipe, self.parents.plan
         text, image = parents.folders[TEXT], parents.folders[IMAGE]
         table = parameter_table(parents.config)
         compute = METHODS[recipe.method][1]
@@ -91,7 +91,7 @@ class Fusion:
         with FolderWriter(
             recipe.output,
             config=parents.config,
-            source={**tokenizer_files(parents.plan.source), PLAN_FILE: parents.plan.as_tsv().encode()},
+            source={**tokenizer_files(plan.source), PLAN_FILE: plan.as_tsv().encode()},
             shapes={entry.name: entry.shape for entry in table},
             dtype=dtype,
         ) as writer:

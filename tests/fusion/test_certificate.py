@@ -126,3 +126,22 @@ def test_distance_is_that_of_the_logits(parents: dict[str, Path], tmp_path: Path
         )
         assert told["kl_divergence"] == pytest.approx(float(kl), rel=1e-5)
         assert told["same_likeliest"] == float((its.argmax(-1) == mine.argmax(-1)).float().mean())
+
+
+def test_a_parent_that_changes_meanwhile_is_found(
+    parents: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Touched while the child is written: another program may be half-way through it."""
+    recipe = FusionRecipe(method="uniform", output=tmp_path / "child", **parents)
+    (file,) = parents["image"].glob("*.safetensors")
+    configure, compute = fusing.METHODS["uniform"]
+
+    def touching(entry: Parameter, given: Any) -> Blocks:
+        if entry.name == "layers.1.main.ffn.fc2.weight":
+            file.touch()
+        return compute(entry, given)
+
+    monkeypatch.setitem(fusing.METHODS, "uniform", (configure, touching))
+    with pytest.raises(UsageError, match=f"{file.name} was changed while it was read"):
+        fuse(recipe)
+    assert list(tmp_path.iterdir()) == []
