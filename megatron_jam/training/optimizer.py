@@ -100,12 +100,16 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
     )
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         engine,
         list(wrapped),
         config_overrides=_overrides(wrapped, config.factors.changed()),
         use_gloo_process_groups=False,
     )
+    # The multiple is for Megatron's scheduler, which nothing here uses; by itself it changes nothing.
+    for group in optimizer.param_groups:
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
