@@ -29,7 +29,7 @@ def main(
         output: weights folder to write.
         tokenizer: folder with its tokenizer.json and vocabulary.json; else they lie with the files.
         num_heads: attention heads, where the checkpoint does not say.
-        activation: relu, gelu (the tanh form) or swiglu, where the checkpoint does not say.
+        activation: relu, gelu (the tanh form), swiglu or geglu, where the checkpoint does not say.
         plan: print what becomes of every tensor, and write nothing.
     """
     if not input:

@@ -58,7 +58,8 @@ def state_dict(
             found[f"decoder.layer_{name}"] = tensors[f"head.{name}"]
     if "head.projection.weight" in tensors:
         found["decoder.feature_projection.weight"] = tensors["head.projection.weight"]
-    found["decoder.output_projection.weight"] = tokens
+    output = tensors.get("head.output.weight")
+    found["decoder.output_projection.weight"] = tokens if output is None else output
     return found
 
 
@@ -131,13 +132,16 @@ def shard(part: Mapping[str, Tensor], shards: int) -> list[dict[str, Any]]:
 def settings_of(config: ModelConfig) -> dict[str, Any]:
     """What `cfg` says of a model."""
     tower = next(iter(config.towers.values()))
-    form = "swiglu" if tower.gated else tower.activation
+    gated = {"silu": "swiglu", "gelu": "geglu"}
+    form = gated[tower.activation] if tower.gated else tower.activation
     model = Namespace(
         decoder_attention_heads=tower.num_heads,
         activation_fn=form,
         decoder_normalize_before=True,
         no_scale_embedding=True,
         alibi=False,
+        self_attn_doc_sep=-1,
+        share_decoder_input_output_embed=config.tied,
     )
     return {"common": {"model_parallel_size": 1, "fp16": True}, "model": model, "task": None}
 

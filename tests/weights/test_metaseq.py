@@ -29,6 +29,7 @@ CONFIGS = {
     "opt": pico_config("tower", bias=True, affine_norm=True),
     "cm3leon": pico_config("tower", activation="gelu", ffn_size=96),
     "swiglu": pico_config("tower", activation="silu", gated=True, ffn_size=80),
+    "geglu": pico_config("tower", activation="gelu", gated=True, bias=True),
     "cross": pico_config("cross"),
     "cross-opt": pico_config("cross", bias=True, affine_norm=True),
 }
@@ -91,6 +92,16 @@ def test_logits_are_those_of_transformers(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(tokens).logits[..., :322]
     assert (reference_logits(folder.config, folder.read, tokens) - expected).abs().max() < 1e-4
+
+
+def test_output_rows_of_its_own(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIGS["opt"], tied=False, text_ids=[0, 0])
+    pattern = save(tmp_path / "in", config, tensors_of(config), parts=2, padded=2)
+    read_metaseq(pattern, pico_source(tmp_path)).write(tmp_path / "out")
+    folder = WeightsFolder(tmp_path / "out")
+    assert folder.config == config
+    for name, value in tensors_of(config).items():
+        assert torch.equal(folder.read(name), value), name
 
 
 @pytest.mark.parametrize("how", ["omegaconf", "args", "plain"])
@@ -242,9 +253,32 @@ CHANGES: dict[str, tuple[Any, str]] = {
         "norms behind each block",
     ),
     "scaled": (lambda m, s: setattr(s["model"], "no_scale_embedding", False), "scaled embeddings"),
-    "activation": (
-        lambda m, s: setattr(s["model"], "activation_fn", "relu_squared"),
-        "relu_squared",
+    **{
+        name: (
+            lambda m, s, name=name, value=value: setattr(s["model"], name, value),
+            f"towers here have no .*: its settings say {name}: {value}",
+        )
+        for name, value in (
+            ("alibi", True),
+            ("decoder_learned_pos", False),
+            ("scale_fc", True),
+            ("scale_heads", True),
+            ("self_attn_doc_sep", 2),
+        )
+    },
+    **{
+        form: (
+            lambda m, s, form=form: setattr(s["model"], "activation_fn", form),
+            f"the checkpoint's activation is {form}; known are \\['gelu', 'relu'\\]",
+        )
+        for form in ("relu_squared", "tanh", "linear", "swiglu")
+    },
+    "untied": (
+        lambda m, s: [
+            setattr(s["model"], "share_decoder_input_output_embed", False),
+            m.pop("decoder.output_projection.weight"),
+        ],
+        "nothing that gives head.output.weight",
     ),
     "heads": (lambda m, s: delattr(s["model"], "decoder_attention_heads"), "add --num_heads"),
     "layer": (

@@ -11,7 +11,7 @@ from megatron_jam.weights.ids import read_ids
 from megatron_jam.weights.lazy import Lazy, zeros
 from megatron_jam.weights.metaseq.files import find_parts
 from megatron_jam.weights.metaseq.merge import read_parts
-from megatron_jam.weights.metaseq.names import DROPPED, canonical_name, model_config
+from megatron_jam.weights.metaseq.names import canonical_name, model_config, why_dropped
 
 PADDED_TO = 8
 """metaseq pads its vocabulary to a multiple of this, for each tensor-parallel part."""
@@ -49,9 +49,8 @@ def read_metaseq(
     tensors: dict[str, Lazy] = {}
     for whole in wholes:
         shape = whole.tensor.shape
-        if whole.key in DROPPED:
-            action = f"drop: {DROPPED[whole.key]}"
-            steps.append(Step(source=whole.source, shape=shape, action=action))
+        if reason := why_dropped(whole.key, config):
+            steps.append(Step(source=whole.source, shape=shape, action=f"drop: {reason}"))
             continue
         name = canonical_name(whole.key, config)
         if name not in table:

@@ -38,17 +38,31 @@ _OUTSIDE = {
     "decoder.layer_norm.weight": "head.norm.weight",
     "decoder.layer_norm.bias": "head.norm.bias",
     "decoder.feature_projection.weight": "head.projection.weight",
+    "decoder.output_projection.weight": "head.output.weight",
 }
-DROPPED = {
-    "decoder.version": "a mark of the format",
-    "decoder.output_projection.weight": "tied: the token table",
-}
-"""Keys that nothing here needs, and why."""
+_OUTPUT = "decoder.output_projection.weight"
 
-_REFUSED = {
+_REFUSED_KEYS = {
     "decoder.project_in_dim.weight": "embeddings of another width (OPT-350M)",
     "decoder.project_out_dim.weight": "embeddings of another width (OPT-350M)",
 }
+# Setting: what it may say here, and what anything else would be. What is not said is as here.
+_KNOWN_SETTINGS: dict[str, tuple[Any, str]] = {
+    "decoder_normalize_before": (True, "norms behind each block (OPT-350M)"),
+    "no_scale_embedding": (True, "scaled embeddings"),
+    "alibi": (False, "ALiBi"),
+    "decoder_learned_pos": (True, "positions that are not learned"),
+    "decoder_learned_sinusoidal": (False, "sinusoidal positions"),
+    "use_stable_embedding": (False, "a norm behind the embedding"),
+    "layernorm_embedding": (False, "a norm behind the embedding"),
+    "scale_fc": (False, "a norm within the FFN"),
+    "scale_attn": (False, "a norm behind the attention"),
+    "scale_heads": (False, "a scale for each head"),
+    "scale_resids": (False, "scaled residuals"),
+    "self_attn_doc_sep": (-1, "attention that ends where a token says so"),
+}
+_FORMS = {"relu": "relu", "gelu": "gelu"}
+_GATED_FORMS = {"swiglu": "silu", "geglu": "gelu"}
 
 
 def model_config(
@@ -102,24 +116,19 @@ def model_config(
         vocab_size=vocab_size,
         max_positions=positions,
         position_offset=OFFSET,
+        tied=known.get("share_decoder_input_output_embed") is not False,
         bridges=BridgeConfig(every=every) if IMAGE in towers else BridgeConfig(),
     )
 
 
 def _check_supported(known: Mapping[str, Any], tensors: Mapping[str, Lazy]) -> None:
-    for key, what in _REFUSED.items():
+    for key, what in _REFUSED_KEYS.items():
         if key in tensors:
             raise UsageError(f"towers here have no {what}: {key}")
-    refused = {
-        "decoder_normalize_before": (False, "norms behind each block (OPT-350M)"),
-        "no_scale_embedding": (False, "scaled embeddings (no_scale_embedding: false)"),
-        "alibi": (True, "ALiBi"),
-        "decoder_learned_pos": (False, "positions that are not learned"),
-        "share_decoder_input_output_embed": (False, "output rows of its own"),
-    }
-    for name, (value, what) in refused.items():
-        if known.get(name) is value:
-            raise UsageError(f"towers here have no {what}: its settings say {name}: {value}")
+    for name, (value, what) in _KNOWN_SETTINGS.items():
+        said = known.get(name)
+        if said is not None and said != value:
+            raise UsageError(f"towers here have no {what}: its settings say {name}: {said}")
 
 
 def _positions(tensors: Mapping[str, Lazy]) -> Lazy:
@@ -137,7 +146,7 @@ def _tower(
     if fc1 is None:
         raise UsageError(f"the checkpoint lacks {room}.fc1.weight")
     is_gated = f"{room}.activation_fn.gate.weight" in tensors
-    forms = {"swiglu": "silu"} if is_gated else {"relu": "relu", "gelu": "gelu"}
+    forms = _GATED_FORMS if is_gated else _FORMS
     if form not in forms:
         raise UsageError(
             f"the checkpoint's activation is {form or 'not said'}; "
@@ -164,6 +173,13 @@ def _every(layers: int, bridges: int) -> int:
     if not fitting:
         raise UsageError(f"{bridges} bridges a direction do not fit {layers} layers")
     return fitting[0]
+
+
+def why_dropped(key: str, config: ModelConfig) -> str:
+    """Why nothing here needs a whole tensor; "" of one that is needed, or unknown."""
+    if key == "decoder.version":
+        return "a mark of the format"
+    return "tied: the token table" if key == _OUTPUT and config.tied else ""
 
 
 def canonical_name(key: str, config: ModelConfig) -> str | None:
