@@ -106,7 +106,7 @@ def build_optimizer(
         config_overrides=_overrides(wrapped, config.factors.changed()),
         use_gloo_process_groups=False,
     )
-    # The multiple is for Megatron's scheduler, which nothing here uses; by itself it changes nothing.
+    # Megatron leaves the multiple to its scheduler, which nothing here uses.
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
     return optimizer
