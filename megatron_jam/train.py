@@ -19,6 +19,7 @@ def main() -> None:
     from megatron_jam.evaluation.perplexity import measure_sets
     from megatron_jam.models.jam import check_layout
     from megatron_jam.parallel.world import start_world, stop_world
+    from megatron_jam.training.health import Unhealthy
     from megatron_jam.training.loop import Training
     from megatron_jam.training.losses import Losses
     from megatron_jam.training.step import ForwardBackward
@@ -49,6 +50,8 @@ def main() -> None:
         except StopRequested:
             stop_world()
             sys.exit(EXIT_REQUEUE)
+        except Unhealthy:
+            sys.exit(1)  # said by the run itself
         stop_world()
 
 

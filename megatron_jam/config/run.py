@@ -14,6 +14,7 @@ from megatron_jam.config.cli import parse
 from megatron_jam.config.data import DataConfig, DataSetConfig
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import write_text_atomically
+from megatron_jam.config.health import HealthConfig
 from megatron_jam.config.loss import LossConfig
 from megatron_jam.config.model import PAIR
 from megatron_jam.config.parallel import ParallelConfig
@@ -183,6 +184,20 @@ class RunConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
 
+    keep_every: int = 0
+    """Besides, checkpoints after a multiple of so many steps are kept for ever; 0 for none."""
+
+    async_checkpoints: bool = True
+    """Whether training goes on while a checkpoint is written; takes memory on the host for what
+    changes meanwhile, up to the size of a rank's part."""
+
+    on_damage: Literal["stop", "previous"] = "stop"
+    """What happens when the newest checkpoint is damaged: the run stops and says so, or puts it
+    aside and takes the newest whole one."""
+
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """What a run watches, and when it skips a step or stops."""
+
     stop_at: int = 0
     """Save and stop after this step, for a run in several jobs; 0 runs to the end."""
 
@@ -191,7 +206,7 @@ class RunConfig:
         for name in (*sizes, "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("validate_every", "checkpoint_every", "stop_at", "seed"):
+        for name in ("validate_every", "checkpoint_every", "keep_every", "stop_at", "seed"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.dropout < 1:

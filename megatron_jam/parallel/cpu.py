@@ -3,17 +3,20 @@
 Megatron-Core asks `torch.cuda` for devices, streams and random states wherever it goes. Its modules
 reach all of it through their global name `torch`, so each of them is given a stand-in for that
 module whose CUDA is the CPU. Everybody else keeps the real torch: nothing global changes but the
-two tensor methods named below, and on a machine with a GPU none of this runs but `provide_adam`.
+two tensor methods named below, and on a machine with a GPU none of this runs but the functions
+named provide_*.
 """
 
 import importlib
 import logging
+import os
 import pkgutil
 import queue
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
+from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
@@ -111,7 +114,6 @@ def prepare_megatron() -> None:
             module.torch = stand_in  # type: ignore[attr-defined]
     _patch_random_state()
     _patch_tensor_methods()
-    _patch_checkpoints()
 
 
 def _import_modules(package: str) -> None:
@@ -149,12 +151,31 @@ def _patch_tensor_methods() -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
 
-def _patch_checkpoints() -> None:
-    """A save asks for its own results, through a server process that takes seconds to start on
-    every rank; nothing is saved in the background, so a queue within the process does."""
+class WriterResults:
+    """A queue of one item between a process and those it forks: a file in memory."""
+
+    def __init__(self) -> None:
+        self._file = Connection(os.memfd_create("writer results"))
+
+    def put(self, value: Any) -> None:
+        """Leave `value` for the process that made this queue."""
+        self._file.send(value)
+
+    def get_nowait(self) -> Any:
+        """What was left; `queue.Empty` if nothing was, as by a process that was killed."""
+        os.lseek(self._file.fileno(), 0, os.SEEK_SET)
+        try:
+            return self._file.recv()
+        except (EOFError, OSError) as error:
+            raise queue.Empty from error
+
+
+def provide_writer_results() -> None:
+    """Where a checkpoint's writer, a fork, leaves its list of what it wrote. Megatron asks a server
+    process for that, on a GPU as well, which takes seconds to start and 350 MB on every rank."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async._get_write_results_queue = queue.Queue
+    filesystem_async._get_write_results_queue = WriterResults
 
 
 def provide_adam(device: torch.device) -> None:

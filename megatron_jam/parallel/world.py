@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.parallel.cpu import prepare_megatron, provide_adam
+from megatron_jam.parallel.cpu import prepare_megatron, provide_adam, provide_writer_results
 from megatron_jam.parallel.device import communication_backend, select_device
 
 
@@ -96,6 +96,7 @@ def build_world(parallel: ParallelConfig, device: torch.device) -> World:
     if device.type == "cpu":
         prepare_megatron()
     provide_adam(device)
+    provide_writer_results()
     parallel.data(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,

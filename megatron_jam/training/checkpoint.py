@@ -1,44 +1,86 @@
-"""Training checkpoints: Megatron's dist_checkpointing, staged and then committed by a rename.
+"""Training checkpoints: Megatron's dist_checkpointing, written in the background, then committed.
 
-    OUTPUT/checkpoints/step-00000100/   Megatron's files, and jam.json: what the checkpoint is of
+    OUTPUT/checkpoints/step-00000100/   Megatron's files; model/ and run.yaml: what it is of;
+                                        jam.json: step, identity, counters, sizes and checksums
 
-Every tensor has one global name, so any TP x PP x DP reads what another one wrote. Megatron's files
-hold pickles: a checkpoint is trusted input, unlike a weights folder.
+A save forks a process on each rank, which writes what the tensors were at that moment while
+training goes on. When all have written, the manifest is added and the hidden folder gets its name
+by one rename: a checkpoint is whole or is not there. Megatron's files hold pickles: a checkpoint is
+trusted input, unlike a weights folder.
 """
 
-import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.utils import (
-    make_sharded_tensor_for_checkpoint,
-    make_tp_sharded_tensor_for_checkpoint,
+from megatron.core.dist_checkpointing.strategies.async_utils import (
+    AsyncRequest,
+    TemporalAsyncCaller,
 )
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import replace_folder, write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.models.jam import JamModel
-from megatron_jam.models.sharding import Holder, holders
 from megatron_jam.parallel.world import World
+from megatron_jam.training.manifest import MANIFEST, find_damage, read_manifest, write_manifest
+from megatron_jam.training.staging import collect_hashes, free_reserve, hashing, stage
+from megatron_jam.training.state import bytes_to_write, sharded_state, take_state
 
-MARKER = "jam.json"
 _NAME = re.compile(r"step-(\d{8})")
-# The only layout of the optimizer's state that any TP x PP x DP can load.
-_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class SaveFailed(UsageError):
+    """A checkpoint could not be written; raised on all ranks. Older ones are as they were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Which checkpoints stay."""
+
+    newest: int
+    """How many of the newest."""
+
+    every: int = 0
+    """Besides, those after a multiple of so many steps; 0 for none."""
+
+    steps: frozenset[int] = frozenset()
+    """Besides, those after these steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """Where a run goes on."""
+
+    step: int
+    """Optimizer steps that it has made."""
+
+    counters: Mapping[str, Any]
+    """The loop's own state, as it was given to `save`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    step: int
+    part: Path
+    about: Mapping[str, Any]
+    request: AsyncRequest
+    writer: TemporalAsyncCaller
+    begun: float
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run; every method is called on all ranks."""
 
     def __init__(
         self,
@@ -48,9 +90,10 @@ class Checkpoints:
         world: World,
         *,
         identity: Mapping[str, Any],
-        keep: int,
+        keep: Keep,
+        describe: Callable[[Path], None] = lambda _: None,
     ) -> None:
-        """Keep the newest `keep` checkpoints in `folder`.
+        """Keep checkpoints in `folder`.
 
         Args:
             folder: where they are.
@@ -58,108 +101,224 @@ class Checkpoints:
             optimizer: its optimizer.
             world: the ranks.
             identity: settings that a run must not change, as plain JSON values.
-            keep: how many are kept.
+            keep: which of them stay.
+            describe: writes what the run is into a checkpoint's folder, on rank 0.
         """
         self._folder, self._keep = Path(folder), keep
         self._chunks, self._optimizer, self._world = chunks, optimizer, world
-        self._identity = dict(identity)
+        self._identity, self._describe = dict(identity), describe
+        self._pending: _Pending | None = None
+        self._removal: threading.Thread | None = None
 
-    def save(self, step: int) -> Path:
-        """Save the state after `step` optimizer steps; all ranks take part."""
-        final = self._folder / f"step-{step:08d}"
-        part = self._folder / f".{final.name}.part"
-        if self._world.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(self._state(is_loading=False), str(part))
-        dist.barrier()
-        if self._world.rank == 0:
-            self._commit(part, final, step)
-        dist.barrier()
-        return final
-
-    def load_latest(self) -> int:
-        """Load the newest checkpoint into the model and optimizer.
-
-        Returns:
-            Optimizer steps that it had made; 0 if there is no checkpoint.
+    def save(self, step: int, counters: Mapping[str, Any]) -> None:
+        """Begin to save the state after `step` optimizer steps; what is changed afterwards does not
+        matter. The save before, if it is still being written, is waited for.
 
         Raises:
-            UsageError: if the run's identity differs; the message names the setting.
+            SaveFailed: this save cannot begin, or the one before has failed.
         """
-        found = complete_checkpoints(self._folder)
-        if not found:
-            return 0
-        path = found[-1]
-        marker = json.loads((path / MARKER).read_text())
+        self.finish()
+        begun = time.perf_counter()
+        state = sharded_state(self._chunks, self._optimizer, self._world, is_loading=False)
+        size = torch.tensor(bytes_to_write(state), device=self._world.device)
+        dist.all_reduce(size)
+        part = self._stage(step, int(size))
+        request = dist_checkpointing.save(state, str(part), async_sharded_save=True)
+        writer = TemporalAsyncCaller()
+        writer.schedule_async_call(hashing(request, part, self._world.rank))
+        self._pending = _Pending(
+            step=step,
+            part=part,
+            about={"step": step, "identity": self._identity, "counters": dict(counters)},
+            request=request,
+            writer=writer,
+            begun=begun,
+        )
+
+    def poll(self) -> Path | None:
+        """Commit the save under way if all ranks have written; its path, once.
+
+        Raises:
+            SaveFailed: a rank could not write.
+        """
+        return self._complete(blocking=False)
+
+    def finish(self) -> Path | None:
+        """As `poll`, but wait for the ranks' writers."""
+        path = self._complete(blocking=True)
+        if self._removal is not None:
+            self._removal.join()
+        return path
+
+    def _complete(self, *, blocking: bool) -> Path | None:
+        pending = self._pending
+        if pending is None:
+            return None
+        if not pending.writer.is_current_async_call_done(blocking, no_dist=False):
+            return None
+        self._pending = None
+        if self._world.rank == 0:
+            free_reserve(pending.part)
+        try:
+            for finalize in pending.request.finalize_fns:
+                finalize()
+        except CheckpointException as error:
+            if self._world.rank == 0:
+                shutil.rmtree(pending.part, ignore_errors=True)
+            raise SaveFailed(f"step {pending.step} was not saved: {_reason(error)}") from error
+        path = self._folder / f"step-{pending.step:08d}"
+        failure = [""]
+        if self._world.rank == 0:
+            try:
+                self._commit(pending, path)
+            except OSError as error:
+                failure = [f"step {pending.step} was not saved: {error}"]
+        dist.broadcast_object_list(failure)
+        if failure[0]:
+            raise SaveFailed(failure[0])
+        return path
+
+    def load_latest(self, *, on_damage: str = "stop") -> Resumed:
+        """Load the newest checkpoint into the model and optimizer.
+
+        Args:
+            on_damage: "stop", or "previous" to put damaged ones aside (as step-N.damaged) and take
+                the newest that is whole.
+
+        Returns:
+            Where the run goes on; step 0 if there is no checkpoint.
+
+        Raises:
+            UsageError: the newest is damaged, which is said file by file, or is of a run with
+                another identity; the message names the setting.
+        """
+        found = [_named_checkpoints(self._folder)]
+        dist.broadcast_object_list(found)
+        path = self._newest_whole(found[0], on_damage)
+        if path is None:
+            return Resumed(step=0, counters={})
+        manifest = read_manifest(path)
         for name, value in self._identity.items():
-            if marker["identity"].get(name) != value:
+            if manifest["identity"].get(name) != value:
                 raise UsageError(
                     f"{path} was made with another `{name}`: set it back to go on with that run, or"
                     " choose another output to begin a new one"
                 )
-        loaded = dist_checkpointing.load(self._state(is_loading=True), str(path))
-        with torch.no_grad():
-            for chunk in self._chunks:
-                for holder in holders(chunk):
-                    holder.parameter.copy_(loaded["model"][_local_key(holder)])
-        self._optimizer.load_state_dict(loaded["optimizer"])
+        state = sharded_state(self._chunks, self._optimizer, self._world, is_loading=True)
+        take_state(self._chunks, self._optimizer, dist_checkpointing.load(state, str(path)))
         logger.info("resumed from %s", path)
-        return int(marker["step"])
+        return Resumed(step=int(manifest["step"]), counters=manifest["counters"])
 
-    def _state(self, *, is_loading: bool) -> dict:
-        model = {}
-        for chunk in self._chunks:
-            for holder in holders(chunk):
-                model[_local_key(holder)] = _sharded(holder, self._world)
-        optimizer = self._optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=_RESHARDABLE
-        )
-        return {"model": model, "optimizer": optimizer}
+    def _newest_whole(self, paths: list[Path], on_damage: str) -> Path | None:
+        """The newest of `paths`, oldest first, or the newest that is whole."""
+        damaged: list[str] = []
+        aside: list[Path] = []
+        for path in reversed(paths):
+            lines = find_damage(path, self._world)
+            if not lines:
+                break
+            damaged += lines
+            aside.append(path)
+        else:
+            path = None
+        if not damaged:
+            return path
+        told = "; ".join(damaged[:3]) + (f"; and {len(damaged) - 3} more" if damaged[3:] else "")
+        if on_damage == "stop":
+            offer = f"goes on from {path}, the newest whole one" if path else "begins anew"
+            raise UsageError(f"damaged checkpoint: {told}. `--on_damage previous` {offer}")
+        logger.warning("damaged checkpoint: %s. Put aside; taking %s", told, path or "none")
+        if self._world.rank == 0:
+            for each in aside:
+                _put_aside(each)
+        dist.barrier()
+        return path
 
-    def _commit(self, part: Path, final: Path, step: int) -> None:
-        marker = {"step": step, "identity": self._identity}
-        write_text_atomically(part / MARKER, json.dumps(marker, indent=2) + "\n")
-        if final.exists() and not (final / MARKER).is_file():
-            shutil.rmtree(final)  # half a checkpoint: it never counted
-        replace_folder(part, final, marker=MARKER)
-        logger.info("saved %s", final)
-        for old in complete_checkpoints(self._folder)[: -self._keep]:
-            shutil.rmtree(old)
+    def _stage(self, step: int, size: int) -> Path:
+        """A folder to write `size` bytes of tensors to; its name is on rank 0's word."""
+        answer: list[Any] = [None, ""]
+        if self._world.rank == 0:
+            try:
+                answer[0] = stage(self._folder, f"step-{step:08d}", size, self._describe)
+            except OSError as error:
+                answer[1] = f"step {step} was not saved: {error}"
+        dist.broadcast_object_list(answer)
+        if answer[1]:
+            raise SaveFailed(answer[1])
+        return answer[0]
+
+    def _commit(self, pending: _Pending, path: Path) -> None:
+        write_manifest(pending.part, pending.about, collect_hashes(pending.part))
+        if path.exists() and not (path / MANIFEST).is_file():
+            _put_aside(path)  # half a checkpoint: it never counted
+        replace_folder(pending.part, path, marker=MANIFEST)
+        logger.info("saved %s, begun %.1f s ago", path, time.perf_counter() - pending.begun)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Drop what need not stay: hidden at once, gone in a while."""
+        whole = complete_checkpoints(self._folder)
+        hidden = []
+        for path in whole[: -self._keep.newest]:
+            step = step_of(path)
+            if step in self._keep.steps or (self._keep.every and step % self._keep.every == 0):
+                continue
+            if path.name == best_checkpoint(self._folder):
+                continue
+            hidden.append(path.with_name(f".{path.name}.old"))
+            shutil.rmtree(hidden[-1], ignore_errors=True)
+            path.rename(hidden[-1])
+        # Thousands of gigabytes take a file system long to forget.
+        self._removal = threading.Thread(target=_remove, args=(hidden,))
+        self._removal.start()
+
+
+BEST = "best"
+"""File in a run's folder of checkpoints: the name of one that stays until another is named."""
+
+
+def best_checkpoint(folder: Path) -> str:
+    """Name of the checkpoint marked best, or nothing."""
+    path = folder / BEST
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def mark_best(folder: Path, step: int) -> None:
+    """Keep the checkpoint after `step`, which may be yet to come, in place of the one before."""
+    write_text_atomically(folder / BEST, f"step-{step:08d}\n")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """Checkpoints of a run that have a manifest, oldest first."""
+    return [path for path in _named_checkpoints(folder) if (path / MANIFEST).is_file()]
+
+
+def step_of(path: Path) -> int:
+    """Steps that a checkpoint is of, by its name."""
+    found = _NAME.fullmatch(path.name)
+    assert found
+    return int(found[1])
+
+
+def _named_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    names = sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name))
-    return [path for path in names if (path / MARKER).is_file()]
+    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name))
 
 
-def _local_key(holder: Holder) -> str:
-    return f"{holder.key} (copy)" if holder.is_copy else holder.key
+def _put_aside(path: Path) -> None:
+    target = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(target, ignore_errors=True)
+    path.rename(target)
 
 
-def _sharded(holder: Holder, world: World) -> ShardedTensor | ShardedTensorFactory:
-    """A parameter's place in the whole model; the first stage's copy of a tied table is saved."""
-    groups = {"tp_group": world.groups.tp, "dp_cp_group": world.groups.dp_cp}
-    copy = int(holder.is_copy)
-    if holder.split is None:
-        replica = (copy, world.tensor.rank, world.replicas.rank)
-        return make_sharded_tensor_for_checkpoint(
-            holder.parameter, holder.key, replica_id=replica, **groups
-        )
-    sharded = make_tp_sharded_tensor_for_checkpoint(
-        holder.parameter,
-        holder.key,
-        holder.split,
-        replica_id=(copy, 0, world.replicas.rank),
-        # Another TP pads the vocabulary differently.
-        allow_shape_mismatch=holder.parts[0].is_vocabulary,
-        **groups,
-    )
-    if len(holder.parts) == 1 or holder.parts[0].unit:
-        return sharded
-    # A rank holds its rows of the gate, then its rows of fc1: two places in the whole tensor.
-    return apply_swiglu_sharded_factory(sharded, ())
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _reason(error: CheckpointException) -> str:
+    """What one of the ranks said, in a line; the first rank alone is told."""
+    for rank, (what, _) in error.failures.items():
+        return f"rank {rank}: {' '.join(str(what).split())}"
+    return "a rank could not write"

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,8 @@ from megatron_jam.parallel.seeds import seed_step
 from megatron_jam.parallel.world import World
 from megatron_jam.training.build import build_chunks, check_run, identity
 from megatron_jam.training.callbacks import Callback
-from megatron_jam.training.checkpoint import Checkpoints
+from megatron_jam.training.checkpoint import Checkpoints, Keep
+from megatron_jam.training.health import LEFT_OUT, Health, Unhealthy
 from megatron_jam.training.losses import Losses
 from megatron_jam.training.metrics import Reporter
 from megatron_jam.training.optimizer import (
@@ -30,6 +33,8 @@ from megatron_jam.training.optimizer import (
     wrap_chunks,
 )
 from megatron_jam.training.preflight import check_replicas, log_start, save_environment
+from megatron_jam.training.saver import Saver
+from megatron_jam.training.skips import SKIPPED, report_skipped
 from megatron_jam.training.step import Batch, ForwardBackward, StepResult, train_step
 from megatron_jam.training.stop import StopPoll, StopRequested
 from megatron_jam.weights.folder import WeightsFolder
@@ -67,12 +72,17 @@ class Training:
         self.config, self.folder, self.world = config, folder, world
         self._validate = validate
         self._stop_poll = StopPoll(config.output, world)
+        self.health = Health(config.health)
+        self._done = self._measured = 0
         try:
             self._build()
         except StopRequested as reason:
             self._stop_poll.leave(reason, 0)
             raise
         self._callbacks = [Reporter(config, writes=world.rank == 0), *callbacks]
+        self._saver = Saver(
+            self.checkpoints, self._callbacks, asynchronous=config.async_checkpoints
+        )
 
     def _build(self) -> None:
         config, folder, world = self.config, self.folder, self.world
@@ -91,30 +101,42 @@ class Training:
         self._part_norms = PartNorms(self.chunks, self._optimizer, world)
         told = {"loss": config.loss, "num_sets": len(config.data.sets)}
         self._step = ForwardBackward(wrapped, world, folder.vocabulary, **told)
-        self._checkpoints = Checkpoints(
+        self.checkpoints = Checkpoints(
             config.output / "checkpoints",
             self.chunks,
             self._optimizer,
             world,
             identity=identity(config, folder),
-            keep=config.keep_checkpoints,
+            keep=Keep(newest=config.keep_checkpoints, every=config.keep_every),
+            describe=self._describe,
         )
         self._stop_poll()
+
+    def _describe(self, part: Path) -> None:
+        """Write what a checkpoint is of: the resolved settings, the model, its vocabulary."""
+        self.config.save(part / "run.yaml")
+        self.folder.copy_description(part / "model")
 
     def run(self) -> None:
         """Train to the end, or to `stop_at`; the end exports OUTPUT/weights.
 
         Raises:
             StopRequested: on all ranks, when the state has been saved and is to be resumed.
+            Unhealthy: on all ranks; the state before what was wrong has been saved.
+            SaveFailed: on all ranks, if that or the last state could not be saved.
         """
         first = self._prepare()
-        self._done = self._saved = first
         try:
             self._train(first)
         except StopRequested as reason:
             logger.warning("asked to stop by %s after step %d", reason, self._done)
-            self._save()
+            self._save(wait=True)
             self._stop_poll.leave(reason, self._done)
+            raise
+        except Unhealthy as reason:
+            before = self._done - self.health.skipped_in_a_row
+            logger.error("stopping: %s | saving the state after step %d", reason, before)
+            self._saver.save(before, self._counters(self.health.state_before()), wait=True)
             raise
         finally:
             for each in self._callbacks:
@@ -124,7 +146,8 @@ class Training:
         """What stands before the first step; returns how many were made before."""
         config = self.config
         log_start(self.chunks, self.world, backend=config.backend)
-        first = self._checkpoints.load_latest()
+        resumed = self.checkpoints.load_latest(on_damage=config.on_damage)
+        first = resumed.step
         if first > config.steps:
             raise UsageError(f"steps is {config.steps}, but the run has made {first} already")
         if self.world.rank == 0:
@@ -132,6 +155,9 @@ class Training:
             config.save(config.output / "run.yaml")
             save_environment(config.output / "environment.json", self.world, backend=config.backend)
         check_replicas(self.chunks, self.world)
+        self.health.restore(resumed.counters.get("health", {}))
+        self._done = self._saver.newest = first
+        self._measured = resumed.counters.get("measured", 0)
         for each in self._callbacks:
             each.begins(self, first)
         return first
@@ -140,39 +166,82 @@ class Training:
         config = self.config
         last = min(config.stop_at or config.steps, config.steps)
         self._stop_poll()
+        self._after_step()
         for step in range(first, last):
             result = self._make_step(step)
-            self._done = done = step + 1
+            self._done = step + 1
+            self.health.count(result.skipped)
             for each in self._callbacks:
-                each.step_made(done, result)
+                each.step_made(self._done, result)
+            self._saver.poll()
+            if self.health.is_hopeless:
+                raise Unhealthy(
+                    f"{self.health.skipped_in_a_row} steps in a row were skipped,"
+                    f" the last as {result.skipped}"
+                )
             self._stop_poll()
-            if config.validate_every and done % config.validate_every == 0 and done < config.steps:
-                self._measure()
-            if config.checkpoint_every and done % config.checkpoint_every == 0:
-                self._save()
-        self._save()
+            self._after_step()
+        self._save(wait=True)
         if last == config.steps:
             self._finish()
+
+    def _after_step(self) -> None:
+        """What is due now and then: comparison of copies, validation, saving.
+
+        Also before the first step of a run that was stopped before it had measured.
+        """
+        config, done = self.config, self._done
+
+        def is_due(every: int) -> bool:
+            return bool(every and done and done % every == 0)
+
+        if is_due(config.health.compare_replicas_every):
+            finish_weights(self._wrapped)
+            check_replicas(self.chunks, self.world)
+        if is_due(config.validate_every) and done < config.steps and self._measured != done:
+            self._measure()
+        # A row of skipped steps may end the run, with the state before it.
+        if is_due(config.checkpoint_every) and not self.health.skipped_in_a_row:
+            self._save()
 
     def _make_step(self, step: int) -> StepResult:
         config = self.config
         rate = config.optimizer.rate(step, config.steps)
+        if self.health.leaves_out(step + 1):
+            logger.warning("step %d is left out, as health.skip_steps says", step + 1)
+            return self._step.left_out(rate, LEFT_OUT)
         if config.dropout:
             seed_step(self.world, seed=config.seed, step=step)
         start = time.perf_counter()
-        batches = self._batches(step)
+        indices = self._indices(step)
+        batches = self._batches(indices)
         seconds = time.perf_counter() - start
-        made = train_step(self._step, self._optimizer, batches, rate, self._part_norms)
-        return made.after(data=seconds)
+        result = train_step(
+            self._step, self._optimizer, batches, rate, self._part_norms, self.health.judge
+        ).after(data=seconds)
+        if result.skipped:
+            report_skipped(
+                config.output / SKIPPED,
+                step + 1,
+                result.skipped,
+                indices,
+                self._step.spoilt(),
+                blend=self._dataset,
+                names=[each.name for each in config.data.sets],
+                world=self.world,
+            )
+        return result
 
-    def _batches(self, step: int) -> list[Batch]:
-        indices = global_batch_indices(
+    def _indices(self, step: int) -> list[list[int]]:
+        return global_batch_indices(
             step,
             global_batch_size=self.config.global_batch_size,
             micro_batch_size=self.config.micro_batch_size,
             data_parallel_rank=self.world.data.rank,
             data_parallel_size=self.world.data.size,
         )
+
+    def _batches(self, indices: Sequence[Sequence[int]]) -> list[Batch]:
         isolate = self.config.data.isolate_documents
         return [
             collate([self._dataset.sample(i) for i in each], isolate_documents=isolate)
@@ -180,19 +249,17 @@ class Training:
             for each in indices
         ]
 
-    def _save(self) -> None:
-        """Save what has been done, unless it is saved already."""
-        if self._saved == self._done:
-            return
+    def _counters(self, health: Mapping[str, Any]) -> dict[str, Any]:
+        return {"health": health, "measured": self._measured}
+
+    def _save(self, *, wait: bool = False) -> None:
         finish_weights(self._wrapped)
-        path = self._checkpoints.save(self._done)
-        self._saved = self._done
-        for each in self._callbacks:
-            each.saved(self._done, path)
+        self._saver.save(self._done, self._counters(self.health.state()), wait=wait)
 
     def _measure(self) -> None:
         finish_weights(self._wrapped)
         measured = self._validate(self._step, self._stop_poll)
+        self._measured = self._done
         for each in self._callbacks:
             each.validated(self._done, measured)
 

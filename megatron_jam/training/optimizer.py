@@ -12,6 +12,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as EngineOptimizerConfig
 from megatron.core.optimizer import ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from torch import nn
@@ -109,6 +110,12 @@ def build_optimizer(
     # Megatron leaves the multiple to its scheduler, which nothing here uses.
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    for each in _members(optimizer):
+        if not each.is_stub_optimizer:
+            # Else a run that has not made a step yet could not be saved.
+            each.init_state_fn(each.optimizer, each.config)
+            for group in each.optimizer.param_groups:
+                group.setdefault("step", 0)
     return optimizer
 
 
@@ -116,6 +123,26 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> Non
     """Set the rate of the next step, times its factor for each group of weights."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_mult"]
+
+
+def update(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip the gradient, whose norm is known, and change the weights: what is left of Megatron's
+    `step` after `prepare_grads` and `get_grad_norm`."""
+    for each in _members(optimizer):
+        parameters = [] if each.is_stub_optimizer else each.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=each.config.clip_grad,
+                total_norm=norm,
+                use_decoupled_grad=each.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
+
+
+def _members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that a chain of Megatron's is made of."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 class PartNorms:
@@ -126,7 +153,6 @@ class PartNorms:
     ) -> None:
         """Find what this rank holds of each part."""
         self._optimizer, self._device = optimizer, world.device
-        self._clip = optimizer.config.clip_grad
         parts = chunks[0].model_config.parts
         self._held: dict[str, list[nn.Parameter]] = {name: [] for name in parts}
         for chunk in chunks:
@@ -137,22 +163,20 @@ class PartNorms:
                     self._held[part] += _updated(optimizer, holder.parameter)
 
     @torch.no_grad()
-    def __call__(self, norm: float) -> dict[str, float]:
-        """After `optimizer.step()`, which clipped the gradient of norm `norm` before clipping: the
-        norms of its parts before clipping, without those that do not learn; all ranks take part."""
+    def __call__(self) -> dict[str, float]:
+        """Between the optimizer's `prepare_grads` and the clipping: norms of the gradient's parts,
+        without those that do not learn; all ranks take part."""
         squares = torch.zeros(len(self._held), dtype=torch.float64, device=self._device)
         for number, held in enumerate(self._held.values()):
             gradients = [each.grad for each in held if each.grad is not None]
             for each in torch._foreach_norm(gradients) if gradients else ():
                 squares[number] += each.double() ** 2
         dist.all_reduce(squares, group=self._group())
-        scale = min(1.0, self._clip / (norm + 1e-6))  # Megatron's
-        values = (squares.sqrt() / scale).tolist()
+        values = squares.sqrt().tolist()
         return {name: value for name, value in zip(self._held, values, strict=True) if value}
 
     def _group(self) -> dist.ProcessGroup:
-        optimizers = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
-        return optimizers[0].get_grad_stats_parallel_group()
+        return _members(self._optimizer)[0].get_grad_stats_parallel_group()
 
 
 def _updated(optimizer: MegatronOptimizer, weight: nn.Parameter) -> list[nn.Parameter]:
@@ -160,7 +184,7 @@ def _updated(optimizer: MegatronOptimizer, weight: nn.Parameter) -> list[nn.Para
     or itself; nothing where another replica does or the weight does not learn."""
     if not weight.requires_grad:
         return []
-    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for each in _members(optimizer):
         places = getattr(each, "model_param_group_index_map", None)
         if places is not None:
             if weight not in places:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,9 +19,19 @@ from megatron_jam.parallel.device import synchronize
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.training.losses import KINDS, Kinds, Losses, weights_of_kinds
-from megatron_jam.training.optimizer import PartNorms, set_learning_rate
+from megatron_jam.training.optimizer import PartNorms, set_learning_rate, update
 
 Batch = Mapping[str, Tensor]
+
+Judge = Callable[[float, float], str]
+"""(mean loss, norm of the gradient) -> why the step is to be skipped, or nothing."""
+
+
+def must_be_finite(loss: float, grad_norm: float) -> str:
+    """A judge that skips nothing; FloatingPointError unless both are finite."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise FloatingPointError(f"the loss is {loss}, the gradient's norm {grad_norm}")
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,9 @@ class StepResult:
     seconds: Mapping[str, float]
     """Time of this rank's parts of the step: data, forward_backward, reduction (of gradients over
     replicas and stages), optimizer (with the sending of updated weights)."""
+
+    skipped: str = ""
+    """Why no weight was changed, or nothing."""
 
     def after(self, **seconds: float) -> "StepResult":
         """The same with the times of parts that came before it."""
@@ -80,6 +93,7 @@ class ForwardBackward:
         if settings.finalize_model_grads_func is not None:
             self._reduce = settings.finalize_model_grads_func
             settings.finalize_model_grads_func = self._timed_reduce
+        self._reported: list[dict[str, Tensor]] = []
 
     def __call__(self, micro_batches: Sequence[Batch], *, forward_only: bool = False) -> Losses:
         """Compute losses and, unless `forward_only`, gradients (divided by the token count).
@@ -109,6 +123,7 @@ class ForwardBackward:
             micro_batch_size=size,
             forward_only=forward_only,
         )
+        self._reported = reported
         return self._collect(reported)
 
     def _timed_reduce(self, *args: object, **kwargs: object) -> None:
@@ -117,6 +132,28 @@ class ForwardBackward:
         self._reduce(*args, **kwargs)
         synchronize(self._world.device)
         self.reduction_seconds = time.perf_counter() - start
+
+    def agree(self, skipped: str) -> str:
+        """Why the step is to be skipped, if any rank wants to, on all ranks."""
+        wants = torch.tensor(int(bool(skipped)), device=self._world.device)
+        dist.all_reduce(wants, op=dist.ReduceOp.MAX)
+        return skipped or ("another rank wants to skip it" if int(wants) else "")
+
+    def left_out(self, learning_rate: float, reason: str) -> StepResult:
+        """The result of a step whose batch was not even computed."""
+        none = torch.zeros(self._num_sets, len(KINDS), dtype=torch.float64)
+        return StepResult(
+            losses=Losses(sums=none, counts=none),
+            grad_norm=0.0,
+            part_norms={},
+            learning_rate=learning_rate,
+            seconds={},
+            skipped=reason,
+        )
+
+    def spoilt(self) -> list[int]:
+        """Which of this rank's last micro-batches have a loss that is not finite."""
+        return [n for n, each in enumerate(self._reported) if not each["report"].isfinite().all()]
 
     def _forward(self, batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, object]:
         batch = self._share(next(batches))
@@ -170,22 +207,26 @@ def train_step(
     micro_batches: Sequence[Batch],
     learning_rate: float,
     part_norms: PartNorms | None = None,
+    judge: Judge = must_be_finite,
 ) -> StepResult:
-    """Gradients of a global batch, then one optimizer step; `part_norms` measures the gradient.
+    """Gradients of a global batch, then one optimizer step, unless any rank's `judge` is against;
+    `part_norms` measures the gradient.
 
     Raises:
-        FloatingPointError: on every rank, if the gradient is not finite; checkpoints stay.
+        FloatingPointError: from `must_be_finite`, on every rank, before any weight has changed.
     """
     start = time.perf_counter()
     # A gradient left over from the last step would be counted a second time by Megatron's hooks.
     optimizer.zero_grad()
     losses = step(micro_batches)
     computed = time.perf_counter()
-    set_learning_rate(optimizer, learning_rate)
-    _, norm, _ = optimizer.step()
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}: the weights are spoilt")
-    parts = part_norms(norm) if part_norms is not None else {}
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    parts = part_norms() if part_norms is not None else {}
+    skipped = step.agree(judge(losses.mean, norm))
+    if not skipped:
+        set_learning_rate(optimizer, learning_rate)
+        update(optimizer, norm)
     synchronize(step.device)
     seconds = {
         "forward_backward": computed - start - step.reduction_seconds,
@@ -194,8 +235,9 @@ def train_step(
     }
     return StepResult(
         losses=losses,
-        grad_norm=float(norm),
+        grad_norm=norm,
         part_norms=parts,
         learning_rate=learning_rate,
         seconds=seconds,
+        skipped=skipped,
     )

@@ -72,6 +72,12 @@ class WeightsFolder:
         """Canonical names of all tensors."""
         return list(self._place)
 
+    def copy_description(self, path: Path) -> None:
+        """Make a folder `path` with what the weights are of: config, vocabulary, tokenizer."""
+        path.mkdir(parents=True)
+        for name in (CONFIG, VOCABULARY, TOKENIZER):
+            shutil.copyfile(self.path / name, path / name)
+
     @property
     def tokenizer_path(self) -> Path:
         """The text tokenizer's file."""
