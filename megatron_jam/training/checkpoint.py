@@ -34,7 +34,7 @@ from megatron_jam.config.log import logger
 from megatron_jam.models.jam import JamModel
 from megatron_jam.parallel.world import World
 from megatron_jam.training.manifest import MANIFEST, find_damage, read_manifest, write_manifest
-from megatron_jam.training.staging import collect_hashes, free_reserve, hashing, stage
+from megatron_jam.training.staging import complete, discard, free_reserve, hashing, stage
 from megatron_jam.training.state import bytes_to_write, sharded_state, take_state
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -164,7 +164,7 @@ class Checkpoints:
                 finalize()
         except CheckpointException as error:
             if self._world.rank == 0:
-                shutil.rmtree(pending.part, ignore_errors=True)
+                discard(pending.part)
             raise SaveFailed(f"step {pending.step} was not saved: {_reason(error)}") from error
         path = self._folder / f"step-{pending.step:08d}"
         failure = [""]
@@ -172,6 +172,7 @@ class Checkpoints:
             try:
                 self._commit(pending, path)
             except OSError as error:
+                discard(pending.part)
                 failure = [f"step {pending.step} was not saved: {error}"]
         dist.broadcast_object_list(failure)
         if failure[0]:
@@ -248,7 +249,7 @@ class Checkpoints:
         return answer[0]
 
     def _commit(self, pending: _Pending, path: Path) -> None:
-        write_manifest(pending.part, pending.about, collect_hashes(pending.part))
+        write_manifest(pending.part, pending.about, complete(pending.part))
         if path.exists() and not (path / MANIFEST).is_file():
             _put_aside(path)  # half a checkpoint: it never counted
         replace_folder(pending.part, path, marker=MANIFEST)

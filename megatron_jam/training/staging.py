@@ -30,7 +30,7 @@ def stage(folder: Path, name: str, size: int, describe: Callable[[Path], None]) 
         OSError: there is too little room, by the file system's word or by a quota.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(".step-*.part"):
+    for old in (*folder.glob(".step-*.part"), *folder.glob(".step-*.about")):
         shutil.rmtree(old, ignore_errors=True)
     free, wanted = shutil.disk_usage(folder).free, size + size // 50 + _SPARE
     if free < wanted:
@@ -41,13 +41,39 @@ def stage(folder: Path, name: str, size: int, describe: Callable[[Path], None]) 
         )
     part = folder / f".{name}.{uuid.uuid4().hex[:8]}.part"
     part.mkdir()
+    # Apart from it, as Megatron takes a folder with files for a spoilt checkpoint.
+    about = _about(part)
+    about.mkdir()
     try:
-        _reserve(part)
-        describe(part)
+        _reserve(about)
+        describe(about)
     except OSError:
-        shutil.rmtree(part, ignore_errors=True)
+        discard(part)
         raise
     return part
+
+
+def complete(part: Path) -> dict[str, str]:
+    """Add the description to a folder that all writers have left; the checksums that they took."""
+    for path in _about(part).iterdir():
+        path.rename(part / path.name)
+    _about(part).rmdir()
+    found: dict[str, str] = {}
+    for path in part.glob(_HASHES.format("*")):
+        found |= json.loads(path.read_text())
+        path.unlink()
+    return found
+
+
+def discard(part: Path) -> None:
+    """Drop a folder that does not become a checkpoint."""
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(_about(part), ignore_errors=True)
+
+
+def free_reserve(part: Path) -> None:
+    """Give back what `stage` took, when all tensors are written."""
+    (_about(part) / _RESERVE).unlink(missing_ok=True)
 
 
 def hashing(request: AsyncRequest, part: Path, rank: int) -> AsyncRequest:
@@ -55,15 +81,6 @@ def hashing(request: AsyncRequest, part: Path, rank: int) -> AsyncRequest:
     if request.async_fn is None:
         return request
     return request._replace(async_fn=_WriteAndHash(request.async_fn, part, rank))
-
-
-def collect_hashes(part: Path) -> dict[str, str]:
-    """The checksums that all ranks' writers left, by file; their own files go."""
-    found: dict[str, str] = {}
-    for path in part.glob(_HASHES.format("*")):
-        found |= json.loads(path.read_text())
-        path.unlink()
-    return found
 
 
 class _WriteAndHash:
@@ -79,14 +96,14 @@ class _WriteAndHash:
         write_text_atomically(self._part / _HASHES.format(self._rank), json.dumps(hashes))
 
 
-def _reserve(part: Path) -> None:
+def _reserve(folder: Path) -> None:
     """Take room for what is written last. A quota shows when one writes."""
-    with (part / _RESERVE).open("wb") as file:
+    with (folder / _RESERVE).open("wb") as file:
         file.write(bytes(_RESERVE_BYTES))
         file.flush()
         os.fsync(file.fileno())
 
 
-def free_reserve(part: Path) -> None:
-    """Give back what `stage` took, when all tensors are written."""
-    (part / _RESERVE).unlink(missing_ok=True)
+def _about(part: Path) -> Path:
+    """Where the description waits."""
+    return part.with_suffix(".about")

@@ -22,16 +22,18 @@ from tests.helpers.training import LAYOUTS, build_training, run_training, settin
 
 
 def spoil_loss(training: Training, step: int) -> None:
-    """The weight in the loss of one token of this rank's first sample in `step` is not a number."""
-    plain = training._batches
+    """The loss of one token of this rank's first sample in `step` is not a number; gradients are
+    as they were."""
+    plain, calls = training._step._loss, []
+    micro_batches = training.config.num_micro_batches(training.world.size)
 
-    def batches(indices: Any) -> Any:
-        found = plain(indices)
-        if indices[0][0] // training.config.global_batch_size == step - 1:
-            found[0]["loss_mask"][0, 0] = math.nan
-        return found
+    def loss(batch: Any, output: Any) -> Any:
+        calls.append(None)
+        if len(calls) == (step - 1) * micro_batches + 1:
+            output[1].view(-1)[batch["loss_mask"].view(-1).argmax()] = math.nan
+        return plain(batch, output)
 
-    training._batches = batches  # type: ignore[method-assign]
+    training._step._loss = loss  # type: ignore[method-assign]
 
 
 def spoil_gradient(training: Training, step: int) -> None:
