@@ -37,30 +37,45 @@ def _files(
         BadRecord: the archive does not end as one does.
     """
     first, key, fields = offset, None, {}
+    blocks = _LastBlock(stream)
     try:
-        archive = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115
-        while (member := archive.next()) is not None:
+        archive = tarfile.open(fileobj=blocks, mode="r:")  # noqa: SIM115
+        # Asked once more where there is none, tarfile would seek back.
+        member = archive.next() if archive.firstmember is not None else None
+        while member is not None:
             archive.members.clear()  # else it grows with the file
-            if not member.isfile():
-                continue
-            name, extension = key_and_extension(member)
-            if name != key:
-                if key is not None:
-                    yield first, fields, key, member.offset
-                first, key, fields = member.offset, name, {}
-            if first >= part.start and (part.stop is None or first < part.stop):
-                content = archive.extractfile(member)
-                assert content is not None  # it is a plain file
-                fields[extension] = content.read()
-            else:
-                fields[extension] = b""
-        stream.seek(archive.offset)
-        if any(mark := stream.read(tarfile.BLOCKSIZE)) or len(mark) < tarfile.BLOCKSIZE:
+            if member.isfile():
+                name, extension = key_and_extension(member)
+                if name != key:
+                    if key is not None:
+                        yield first, fields, key, member.offset
+                    first, key, fields = member.offset, name, {}
+                if first >= part.start and (part.stop is None or first < part.stop):
+                    content = archive.extractfile(member)
+                    assert content is not None  # it is a plain file
+                    fields[extension] = content.read()
+            member = archive.next()
+        if not blocks.is_mark:
             raise tarfile.ReadError("it has no end-of-archive mark")
-    except (tarfile.TarError, EOFError) as error:
+    except tarfile.TarError as error:
         raise BadRecord(str(part.path), f"it is not a whole .tar file ({error})") from error
     if key is not None:
         yield first, fields, key, archive.offset
+
+
+class _LastBlock:
+    """A file for tarfile, which takes a damaged header for the end, that knows what was read."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.tell, self.seek = stream.tell, stream.seek
+        self.is_mark = False
+        """Whether it was the block of zeros at an archive's end."""
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self.is_mark = data == tarfile.NUL * tarfile.BLOCKSIZE
+        return data
 
 
 def key_and_extension(member: tarfile.TarInfo) -> tuple[str, str]:

@@ -1,15 +1,12 @@
 """Parts of input files as bytes, and records as chunks: what all readers share."""
 
-import gzip
 import io
-import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import zstandard
+import pyarrow
 
 from megatron_jam.data.prepare.records import BadRecord, Chunk, Position, Record, Records
 
@@ -19,7 +16,7 @@ CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 256
 """The same for tables and archives."""
 
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 class Step(NamedTuple):
@@ -66,27 +63,27 @@ def grouped(
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed if its name ends so; what is damaged is a BadRecord."""
-    try:
-        with path.open("rb") as raw:
-            if path.suffix == ".gz":
-                yield gzip.GzipFile(fileobj=raw)  # type: ignore[misc]
-            elif path.suffix == ".zst":
-                window = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-                stream = window.stream_reader(raw, read_across_frames=True)
-                yield io.BufferedReader(_Forward(stream), CHUNK_BYTES)
-            else:
-                yield raw
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise BadRecord(str(path), f"it is not a whole {path.suffix} file ({error})") from error
+    """The bytes of a file, decompressed if its name ends so; they can be sought forward.
+
+    Raises:
+        BadRecord: a compressed file is damaged or was cut off.
+    """
+    if path.suffix not in COMPRESSIONS:
+        with path.open("rb") as stream:
+            yield stream
+        return
+    # pyarrow's, as zstandard's own reader takes a file that was cut off for a whole one.
+    with pyarrow.CompressedInputStream(str(path), COMPRESSIONS[path.suffix]) as decompressed:
+        yield io.BufferedReader(_Forward(decompressed, path), CHUNK_BYTES)
 
 
 class _Forward(io.RawIOBase):
-    """A zstandard stream as a raw one that can be sought forward."""
+    """A stream as a raw file that can be sought forward."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, path: Path) -> None:
         self._stream = stream
-        self._ended = False
+        self._path = path
+        self._offset = 0
 
     def readable(self) -> bool:
         return True
@@ -95,10 +92,25 @@ class _Forward(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._stream.tell()
+        return self._offset
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._stream.seek(offset, whence)
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET or offset < self._offset:
+            raise io.UnsupportedOperation("a compressed file is read forward")
+        while self._offset < offset and self._read(min(CHUNK_BYTES, offset - self._offset)):
+            pass
+        return self._offset
 
     def readinto(self, buffer: Any) -> int:
-        return self._stream.readinto(buffer)
+        data = self._read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            data = self._stream.read(size)
+        except (OSError, pyarrow.ArrowException) as error:
+            kind = self._path.suffix
+            raise BadRecord(str(self._path), f"it is not a whole {kind} file ({error})") from error
+        self._offset += len(data)
+        return data

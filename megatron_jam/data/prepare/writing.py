@@ -143,7 +143,8 @@ class Journal:
         self._open = ExitStack()
         lock = self._open.enter_context((self.folder / "lock").open("w"))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A process's own: workers do not hold it on when this process is killed.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UsageError(f"another process is preparing {prefix}: wait for it") from error
         text = json.dumps(identity, sort_keys=True)
@@ -173,13 +174,20 @@ class Journal:
     def _read_state(self) -> dict[str, Any]:
         try:
             state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-            return state if state["identity"] == self._identity else {}
+            is_whole = all(
+                (self.folder / name).stat().st_size >= size for name, size in state["sizes"].items()
+            )
+            return state if is_whole and state["identity"] == self._identity else {}
         except (FileNotFoundError, ValueError, KeyError):
             return {}
 
     def _append_to(self, name: str, size: int) -> IO[bytes]:
-        stream = self._open.enter_context((self.folder / name).open("ab"))
+        path = self.folder / name
+        path.touch()
+        # Not in append mode, in which a file that was cut off tells its old length.
+        stream = self._open.enter_context(path.open("r+b"))
         stream.truncate(size)
+        stream.seek(size)
         return stream
 
     def add(self, prepared: Prepared, place: Place) -> None:
