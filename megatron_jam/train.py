@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from megatron_jam.config.cli import one_line_errors
-from megatron_jam.config.log import configure_logging
+from megatron_jam.config.log import configure_logging, logger
 from megatron_jam.config.signals import catch_signals
 
 
@@ -22,6 +22,7 @@ def main() -> None:
     from megatron_jam.training.health import Unhealthy
     from megatron_jam.training.loop import Training
     from megatron_jam.training.losses import Losses
+    from megatron_jam.training.preflight import CopiesDiffer
     from megatron_jam.training.step import ForwardBackward
     from megatron_jam.training.stop import EXIT_REQUEUE, StopRequested
     from megatron_jam.weights.folder import WeightsFolder
@@ -31,7 +32,9 @@ def main() -> None:
         config = load_run_config()
         folder = WeightsFolder(config.weights)
         check_layout(folder.config, config.parallel, config.fp8)
-        world = start_world(config.parallel)
+        # Longer than the run's own watch, which says who is late.
+        patience = 2 * config.health.hang_seconds / 60 or 60 * 24 * 365
+        world = start_world(config.parallel, timeout_minutes=patience)
 
         def validate(step: ForwardBackward, poll: Callable[[], None]) -> Mapping[str, Losses]:
             return measure_sets(
@@ -50,8 +53,9 @@ def main() -> None:
         except StopRequested:
             stop_world()
             sys.exit(EXIT_REQUEUE)
-        except Unhealthy:
-            sys.exit(1)  # said by the run itself
+        except (Unhealthy, CopiesDiffer) as reason:
+            logger.error("stopped: %s", reason)
+            sys.exit(1)
         stop_world()
 
 

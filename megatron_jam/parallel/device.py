@@ -2,6 +2,7 @@
 
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -58,3 +59,22 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def held_memory_bytes(device: torch.device) -> int:
+    """Memory that this process holds now: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_memory_bytes(device: torch.device) -> int:
+    """Memory that this process may use: its GPU's, or its share of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        whole = min(whole, int(text))
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

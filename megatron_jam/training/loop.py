@@ -25,6 +25,7 @@ from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import Checkpoints, Keep
 from megatron_jam.training.health import LEFT_OUT, Health, Unhealthy
 from megatron_jam.training.losses import Losses
+from megatron_jam.training.memory_check import MemoryCheck
 from megatron_jam.training.metrics import Reporter
 from megatron_jam.training.optimizer import (
     PartNorms,
@@ -37,6 +38,7 @@ from megatron_jam.training.saver import Saver
 from megatron_jam.training.skips import SKIPPED, report_skipped
 from megatron_jam.training.step import Batch, ForwardBackward, StepResult, train_step
 from megatron_jam.training.stop import StopPoll, StopRequested
+from megatron_jam.training.watchdog import Watchdog
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import export_weights
 
@@ -72,14 +74,17 @@ class Training:
         self.config, self.folder, self.world = config, folder, world
         self._validate = validate
         self._stop_poll = StopPoll(config.output, world)
+        self._watchdog = Watchdog(config.output, world, seconds=config.health.hang_seconds)
         self.health = Health(config.health)
         self._done = self._measured = 0
+        memory = MemoryCheck(world)
         try:
-            self._build()
+            with self._watchdog:
+                self._build()
         except StopRequested as reason:
             self._stop_poll.leave(reason, 0)
             raise
-        self._callbacks = [Reporter(config, writes=world.rank == 0), *callbacks]
+        self._callbacks = [memory, Reporter(config, writes=world.rank == 0), *callbacks]
         self._saver = Saver(
             self.checkpoints, self._callbacks, asynchronous=config.async_checkpoints
         )
@@ -87,6 +92,7 @@ class Training:
     def _build(self) -> None:
         config, folder, world = self.config, self.folder, self.world
         check_run(config, folder, world)
+        self._watchdog.progress(0, "building data and model")
         self._dataset = build_dataset(
             config.data,
             folder.vocabulary,
@@ -125,6 +131,10 @@ class Training:
             Unhealthy: on all ranks; the state before what was wrong has been saved.
             SaveFailed: on all ranks, if that or the last state could not be saved.
         """
+        with self._watchdog:
+            self._run()
+
+    def _run(self) -> None:
         first = self._prepare()
         try:
             self._train(first)
@@ -146,6 +156,7 @@ class Training:
         """What stands before the first step; returns how many were made before."""
         config = self.config
         log_start(self.chunks, self.world, backend=config.backend)
+        self._watchdog.progress(0, "checking and loading the newest checkpoint")
         resumed = self.checkpoints.load_latest(on_damage=config.on_damage)
         first = resumed.step
         if first > config.steps:
@@ -196,8 +207,9 @@ class Training:
             return bool(every and done and done % every == 0)
 
         if is_due(config.health.compare_replicas_every):
+            self._watchdog.progress(done, "comparison of copies after the end")
             finish_weights(self._wrapped)
-            check_replicas(self.chunks, self.world)
+            check_replicas(self.chunks, self.world, done)
         if is_due(config.validate_every) and done < config.steps and self._measured != done:
             self._measure()
         # A row of skipped steps may end the run, with the state before it.
@@ -213,9 +225,11 @@ class Training:
         if config.dropout:
             seed_step(self.world, seed=config.seed, step=step)
         start = time.perf_counter()
+        self._watchdog.progress(step + 1, "reading the batch")
         indices = self._indices(step)
         batches = self._batches(indices)
         seconds = time.perf_counter() - start
+        self._watchdog.progress(step + 1, "forward pass, backward pass and update")
         result = train_step(
             self._step, self._optimizer, batches, rate, self._part_norms, self.health.judge
         ).after(data=seconds)
@@ -253,15 +267,20 @@ class Training:
         return {"health": health, "measured": self._measured}
 
     def _save(self, *, wait: bool = False) -> None:
+        self._watchdog.progress(self._done, "saving after the end")
         finish_weights(self._wrapped)
         self._saver.save(self._done, self._counters(self.health.state()), wait=wait)
 
     def _measure(self) -> None:
         finish_weights(self._wrapped)
-        measured = self._validate(self._step, self._stop_poll)
+        measured = self._validate(self._step, self._poll_in_validation)
         self._measured = self._done
         for each in self._callbacks:
             each.validated(self._done, measured)
+
+    def _poll_in_validation(self) -> None:
+        self._watchdog.progress(self._done, "validation after the end")
+        self._stop_poll()
 
     def _finish(self) -> None:
         self._measure()

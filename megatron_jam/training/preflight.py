@@ -1,7 +1,7 @@
 """What is checked before the first step, so that a run starts right or not at all."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,24 +14,39 @@ from megatron_jam.models.parameters import num_parameters
 from megatron_jam.models.sharding import holders
 from megatron_jam.parallel.fused import describe_parts, environment, fused_parts
 from megatron_jam.parallel.world import World
-from megatron_jam.planning.memory import state_bytes
 
 
-def check_replicas(chunks: Sequence[JamModel], world: World) -> None:
-    """Raise RuntimeError unless copies of a weight have equal checksums: over the replicas, over
-    the tensor-parallel ranks where it is not split, and of tied tables over their stages."""
-    for chunk in chunks:
-        for holder in holders(chunk):
-            _check_equal(holder.parameter, world.replicas.group, f"replicas of {holder.key}")
-            if holder.split is None:
-                _check_equal(holder.parameter, world.tensor.group, f"copies of {holder.key}")
-        for weight in chunk.tied_weights():
-            _check_equal(weight, world.groups.embd, "first and last stage's token tables")
+class CopiesDiffer(Exception):
+    """Copies of a weight are not equal; raised on all ranks, and nothing is saved."""
+
+
+def check_replicas(chunks: Sequence[JamModel], world: World, step: int = 0) -> None:
+    """Compare copies of each weight after `step`: over the replicas, over the tensor-parallel ranks
+    where it is not split, and of tied tables over their stages; all ranks take part.
+
+    Raises:
+        CopiesDiffer: the message names the first weight and the ranks that stand apart.
+    """
+    held = [holder for chunk in chunks for holder in holders(chunk)]
+    sums = {id(each.parameter): _checksum(each.parameter) for each in held}
+    keys = {id(each.parameter): each.key for each in held}
+    tied = [weight for chunk in chunks for weight in chunk.tied_weights()]
+    found = [
+        _differing(world.replicas.group, [each.parameter for each in held], sums, keys),
+        _differing(
+            world.tensor.group, [each.parameter for each in held if each.split is None], sums, keys
+        ),
+        _differing(world.groups.embd, tied, sums, keys) if tied else "",
+    ]
+    what = next(filter(None, found), "")
+    differs = torch.tensor(int(bool(what)), device=world.device)
+    dist.all_reduce(differs, op=dist.ReduceOp.MAX)
+    if int(differs):
+        raise CopiesDiffer(f"after step {step}: {what or 'copies of a weight on other ranks'}")
 
 
 def log_start(chunks: Sequence[JamModel], world: World, *, backend: str = "torch") -> None:
-    """Say how large the model is, how it is split, what a rank's state will take, and which fused
-    kernels are in use."""
+    """Say how large the model is, how it is split, and which fused kernels are in use."""
     parallel = world.parallel
     logger.info(
         "%s parameters | %d ranks: TP %d x PP %d x DP %d%s%s | %s",
@@ -44,15 +59,6 @@ def log_start(chunks: Sequence[JamModel], world: World, *, backend: str = "torch
         ", sequence parallel" if parallel.sequence else "",
         world.device,
     )
-    held = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    width = chunks[0].config.params_dtype.itemsize
-    state = state_bytes(
-        sum(each.numel() for each in held),
-        num_frozen=sum(each.numel() for each in held if not each.requires_grad),
-        width=width,
-        replicas=world.replicas.size,
-    )
-    logger.info("weights, gradients and optimizer: %.1f MB a rank", state.total / 1e6)
     logger.info("%s", describe_parts(fused_parts(world.device, backend)))
 
 
@@ -62,16 +68,39 @@ def save_environment(path: Path, world: World, *, backend: str) -> None:
     write_text_atomically(path, text + "\n")
 
 
-def _check_equal(tensor: torch.Tensor, group: dist.ProcessGroup, what: str) -> None:
-    if dist.get_world_size(group) == 1:
-        return
-    local = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Two sums over a tensor's bytes, int64 [2]; the second knows their places."""
+    found = torch.zeros(2, dtype=torch.int64, device=tensor.device)
     for number, part in enumerate(tensor.detach().reshape(-1).split(1 << 22)):
         bits = part.contiguous().view(torch.uint8).to(torch.int64)
         weights = torch.arange(bits.numel(), device=bits.device) % 65521 + 1 + number
-        local += torch.stack([bits.sum(), (bits * weights).sum()])
-    low, high = local.clone(), local.clone()
+        found += torch.stack([bits.sum(), (bits * weights).sum()])
+    return found
+
+
+def _differing(
+    group: dist.ProcessGroup,
+    weights: Sequence[torch.Tensor],
+    sums: Mapping[int, torch.Tensor],
+    keys: Mapping[int, str],
+) -> str:
+    """The first of `weights` that is not the same on all ranks of `group`, and where."""
+    if dist.get_world_size(group) == 1 or not weights:
+        return ""
+    mine = torch.stack([sums[id(each)] for each in weights])
+    low, high = mine.clone(), mine.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
     dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
-    if not torch.equal(low, high):
-        raise RuntimeError(f"{what} differ before the first step")
+    wrong = (low != high).any(dim=1).nonzero()
+    if not len(wrong):
+        return ""
+    number = int(wrong[0])
+    everywhere = [torch.empty_like(mine[number]) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everywhere, mine[number].clone(), group=group)
+    values = [tuple(each.tolist()) for each in everywhere]
+    usual = max(values, key=values.count)
+    ranks = dist.get_process_group_ranks(group)
+    apart = [rank for rank, value in zip(ranks, values, strict=True) if value != usual]
+    return (
+        f"{keys[id(weights[number])]} on rank(s) {apart} is not what it is on the others of {ranks}"
+    )
