@@ -1,5 +1,5 @@
 // The extension megatron_jam._C: importing it registers the operators torch.ops.megatron_jam.*.
-#include <Python.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include "launchers.h"
@@ -20,8 +20,8 @@ TORCH_LIBRARY_IMPL(megatron_jam, CUDA, library) {
 }
 #endif
 
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+// What works on numpy arrays, for the data path.
+PYBIND11_MODULE(_C, module) {
+  jam::bind_cm3(module);
+  jam::bind_packing(module);
 }

@@ -5,6 +5,10 @@
 
 #include <optional>
 
+namespace pybind11 {
+class module_;
+}
+
 namespace jam {
 
 at::Tensor guided_sample_cpu(const at::Tensor& cond, const std::optional<at::Tensor>& uncond,
@@ -16,5 +20,9 @@ at::Tensor guided_sample_cuda(const at::Tensor& cond, const std::optional<at::Te
                               const at::Tensor& guidance_scale, const at::Tensor& temperature,
                               const at::Tensor& top_p, const std::optional<at::Tensor>& legal,
                               const at::Tensor& seed, const at::Tensor& offset);
+
+// Functions on numpy arrays of the extension module.
+void bind_cm3(pybind11::module_& module);
+void bind_packing(pybind11::module_& module);
 
 }  // namespace jam

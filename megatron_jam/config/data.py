@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from megatron_jam.config.errors import UsageError
@@ -36,10 +37,16 @@ class Cm3Config:
     """The CM3 objective (arXiv 2201.07520; JAM's code applies it to packed blocks)."""
 
     mean_spans: float = 1.0
-    """Mean of the Poisson number of masked spans in a block; 0 spans leave the block as it is."""
+    """Mean of the Poisson number of masked spans in a block (with scope: document, in a document);
+    0 spans leave it as it is."""
+
+    scope: Literal["block", "authors", "document"] = "block"
+    """Where the spans are drawn. block: anywhere in a block, but none beyond `<break>` or a
+    document's end; they move to the block's end. authors: as in the authors' code, where a span may
+    hold documents' ends. document: in each document for itself, to whose end they move."""
 
     max_spans: int = 16
-    """Most spans in a block (the vocabulary's sentinels are a second limit)."""
+    """Most spans in a block or document (the vocabulary's sentinels are a second limit)."""
 
     mask_whole_caption: float = 0.0
     """Chance that a block's only span is one whole caption, in place of the spans above. The paper
@@ -59,6 +66,24 @@ class Cm3Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How samples are made; which samples they are does not depend on it."""
+
+    workers: int = 1
+    """Threads that make the next step's samples while a step is computed; 0 makes them between
+    the steps."""
+
+    index_cache: Path | None = None
+    """Folder for the orders of documents, which all ranks of a node then share in memory, and which
+    a restart finds there; for sets of many millions of documents. None: each rank makes its own."""
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` naming a wrong setting."""
+        if not 0 <= self.workers <= 64:
+            raise UsageError(f"loader.workers must be within 0..64, not {self.workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """A blend of prepared sets, and how its samples are made."""
 
@@ -66,7 +91,8 @@ class DataConfig:
     """The sets to blend."""
 
     objective: Literal["causal", "cm3"] = "causal"
-    """causal: tokens as they are. cm3: some spans moved to the end of the sample."""
+    """causal: tokens as they are. cm3: some spans moved to the end of the sample. (For instruction
+    tuning the paper says cm3, the names of the authors' scripts none: the default.)"""
 
     packing: Literal["stream", "documents"] = "stream"
     """stream: a sample is the next context_length tokens of the shuffled documents in a row.

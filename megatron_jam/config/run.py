@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from megatron_jam.config.cli import parse
-from megatron_jam.config.data import DataConfig, DataSetConfig
+from megatron_jam.config.data import DataConfig, DataSetConfig, LoaderConfig
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.health import HealthConfig
@@ -124,8 +124,18 @@ class RunConfig:
     validation: list[DataSetConfig] = field(default_factory=list)
     """Sets measured without masking at the end and every `validate_every` steps."""
 
-    steps: int
-    """Optimizer steps of the whole run."""
+    steps: int = 0
+    """Optimizer steps of the whole run; or give `samples`, `tokens` or `epochs` in its place."""
+
+    samples: int = 0
+    """Length of the run in samples, rounded up to whole steps."""
+
+    tokens: int = 0
+    """Length of the run in tokens, context_length for each sample, rounded up to whole steps."""
+
+    epochs: float = 0.0
+    """Length of the run in epochs, each with as many samples as the sets have in all, rounded up to
+    whole steps. Which set is read how often depends on the weights, and is printed."""
 
     context_length: int
     """Tokens of a sample."""
@@ -158,6 +168,9 @@ class RunConfig:
     freeze: list[str] = field(default_factory=list)
     """Towers of a JAM-Cross (image, text) whose parent's weights stay as they are; bridges,
     projections and shared tables learn."""
+
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """How samples are made."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Degrees of parallelism."""
@@ -202,7 +215,8 @@ class RunConfig:
     """Save and stop after this step, for a run in several jobs; 0 runs to the end."""
 
     def __post_init__(self) -> None:
-        sizes = ("steps", "context_length", "global_batch_size", "micro_batch_size")
+        self._check_length()
+        sizes = ("context_length", "global_batch_size", "micro_batch_size")
         for name in (*sizes, "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -235,6 +249,34 @@ class RunConfig:
                 f"fp8 {self.fp8} needs a rank's micro_batch_size x context_length to be a multiple"
                 f" of {FP8_MULTIPLES[self.fp8]}, not {tokens}"
             )
+
+    def _check_length(self) -> None:
+        given = {name: getattr(self, name) for name in ("steps", "samples", "tokens", "epochs")}
+        if any(not 0 <= value < math.inf for value in given.values()):
+            raise UsageError(f"steps, samples, tokens and epochs must be 0 or more: {given}")
+        if sum(value > 0 for value in given.values()) != 1:
+            raise UsageError(
+                f"give the run's length as one of steps, samples, tokens and epochs: {given}"
+            )
+
+    def with_steps(self, epoch_size: float) -> "RunConfig":
+        """The same run with its length in steps.
+
+        Args:
+            epoch_size: samples in an epoch of the data.
+        """
+        samples = self.samples or -(-self.tokens // self.context_length)
+        samples = samples or math.ceil(self.epochs * epoch_size)
+        steps = self.steps or -(-samples // self.global_batch_size)
+        return dataclasses.replace(self, steps=steps, samples=0, tokens=0, epochs=0.0)
+
+    def length_as_text(self, epoch_size: float) -> str:
+        """The length of a run of known `steps` in steps, samples, tokens and epochs."""
+        samples = self.steps * self.global_batch_size
+        return (
+            f"{self.steps} steps = {samples} samples = {samples * self.context_length} tokens = "
+            f"{samples / epoch_size:.3g} epochs"
+        )
 
     def num_micro_batches(self, world_size: int) -> int:
         """Micro-batches of each rank in a step.

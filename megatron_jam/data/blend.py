@@ -31,6 +31,10 @@ class Blend:
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float]) -> None:
         """Blend `datasets`, one or more, by `weights`, positive and relative to their sum."""
         self._datasets = list(datasets)
+        self.epoch_sizes = [each.epoch_size for each in datasets]
+        """Samples in an epoch of each set."""
+        self.epoch_size = sum(self.epoch_sizes)
+        """Samples in an epoch of all sets."""
         self._root = _huffman(weights)
 
     def locate(self, index: int) -> tuple[int, int]:
@@ -46,8 +50,21 @@ class Blend:
 
     def sample(self, index: int) -> Sample:
         """Sample `index`."""
-        number, index = self.locate(index)
-        return self._datasets[number].sample(index)
+        number, local = self.locate(index)
+        return self._datasets[number].sample(local)._replace(index=index, dataset=number)
+
+    def counts(self, num_samples: int) -> list[int]:
+        """How many of the first `num_samples` samples are each set's."""
+        counts = [0] * len(self._datasets)
+        waiting: list[tuple[_Split | int, int]] = [(self._root, num_samples)]
+        while waiting:
+            node, size = waiting.pop()
+            if isinstance(node, _Split):
+                num_left = _num_left(node.share, size)
+                waiting += [(node.left, num_left), (node.right, size - num_left)]
+            else:
+                counts[node] = size
+        return counts
 
 
 def _num_left(share: int, index: int) -> int:

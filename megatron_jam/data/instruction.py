@@ -12,9 +12,10 @@ class AnswerDataset:
         """Read `packing`, whose blocks must start with a document's start."""
         self._packing = packing
         self._vocabulary = vocabulary
+        self.epoch_size = packing.epoch_size
 
     def sample(self, index: int) -> Sample:
         """Sample `index`."""
         block = self._packing.block(index)
         counted = answer_mask(self._vocabulary, block.tokens)
-        return sample_from_block(block, pad=self._vocabulary.pad, counted=counted)
+        return sample_from_block(block, index, pad=self._vocabulary.pad, counted=counted)

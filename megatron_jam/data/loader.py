@@ -1,7 +1,10 @@
 """From the configuration to collated batches; which rank reads which samples."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,17 +14,11 @@ from megatron_jam.config.data import DataConfig, DataSetConfig
 from megatron_jam.config.errors import UsageError
 from megatron_jam.data.blend import Blend
 from megatron_jam.data.cm3 import Cm3Dataset
-from megatron_jam.data.indexed import IndexedSet, open_set, read_info
+from megatron_jam.data.index_cache import IndexCache
+from megatron_jam.data.indexed import open_set, read_info
 from megatron_jam.data.instruction import AnswerDataset
 from megatron_jam.data.packing import DocumentPacking, StreamPacking
-from megatron_jam.data.sample import (
-    Block,
-    CausalDataset,
-    Dataset,
-    Packing,
-    Sample,
-    sample_from_block,
-)
+from megatron_jam.data.sample import CausalDataset, Dataset, Packing, Sample
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 
 # Each use of the seed gets numbers of its own.
@@ -29,17 +26,30 @@ _ORDER, _CM3 = 0, 1
 
 
 def build_dataset(
-    config: DataConfig, vocabulary: JointVocabulary, *, context_length: int, seed: int
+    config: DataConfig,
+    vocabulary: JointVocabulary,
+    *,
+    context_length: int,
+    seed: int,
+    index_cache: Path | None = None,
 ) -> Blend:
     """The blend that `config` describes: samples of `context_length` tokens.
+
+    Args:
+        config: the sets.
+        vocabulary: of their ids.
+        context_length: tokens of a sample.
+        seed: of orders and masks.
+        index_cache: where orders of documents are kept, if anywhere.
 
     Raises:
         UsageError: a set is missing, damaged or of another vocabulary, no document fits, or the
             sets' pictures are of different image tokenizers.
     """
     image_tokenizer_of(config)
+    cache = IndexCache(index_cache)
     datasets = [
-        _build_set(each, config, vocabulary, context_length=context_length, seed=seed)
+        _build_set(each, config, vocabulary, context_length=context_length, seed=seed, cache=cache)
         for each in config.sets
     ]
     return Blend(datasets, [each.weight for each in config.sets])
@@ -72,15 +82,22 @@ def _build_set(
     *,
     context_length: int,
     seed: int,
+    cache: IndexCache,
 ) -> Dataset:
     documents = open_set(each.path, vocabulary)
     key = (seed, zlib.crc32(each.name.encode()))
     packing: Packing
     if config.packing == "stream":
-        packing = StreamPacking(documents, context_length=context_length, seed=(*key, _ORDER))
+        packing = StreamPacking(
+            documents, context_length=context_length, seed=(*key, _ORDER), cache=cache
+        )
     else:
         packing = DocumentPacking(
-            documents, context_length=context_length, seed=(*key, _ORDER), pad=vocabulary.pad
+            documents,
+            context_length=context_length,
+            seed=(*key, _ORDER),
+            pad=vocabulary.pad,
+            cache=cache,
         )
     if config.objective == "cm3":
         return Cm3Dataset(packing, vocabulary=vocabulary, config=config.cm3, seed=(*key, _CM3))
@@ -118,31 +135,80 @@ def global_batch_indices(
     ]
 
 
+class GlobalBatches:
+    """The micro-batches of this rank, step by step; the next step's are made in the background."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        isolate_documents: bool = False,
+        workers: int = 1,
+    ) -> None:
+        """Read `dataset` in the order of :func:`global_batch_indices`, with `workers` threads."""
+        self._dataset = dataset
+        self.indices: Callable[[int], list[list[int]]] = partial(
+            global_batch_indices,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            data_parallel_rank=data_parallel_rank,
+            data_parallel_size=data_parallel_size,
+        )
+        """The numbers of the samples in each micro-batch of a step."""
+        self._isolate_documents = isolate_documents
+        self._threads = ThreadPoolExecutor(workers, "samples") if workers else None
+        self._ahead: dict[int, list[Future[dict[str, torch.Tensor]]]] = {}
+
+    def __call__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        """The micro-batches of `step`, any step; quickest in order."""
+        if self._threads is None:
+            return [self._make(indices) for indices in self.indices(step)]
+        started = self._ahead.pop(step, None) or self._start(step)
+        self._ahead = {step + 1: self._start(step + 1)}
+        return [future.result() for future in started]
+
+    def _start(self, step: int) -> list[Future[dict[str, torch.Tensor]]]:
+        assert self._threads is not None
+        return [self._threads.submit(self._make, indices) for indices in self.indices(step)]
+
+    def _make(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        samples = [self._dataset.sample(index) for index in indices]
+        return collate(samples, isolate_documents=self._isolate_documents)
+
+
 def collate(
     samples: Sequence[Sample], *, isolate_documents: bool = False
 ) -> dict[str, torch.Tensor]:
     """A batch of samples of one length: tokens, labels int64, loss_mask float32, positions int64,
-    and documents int64 if they are isolated, each [batch, context_length].
+    and documents int64 if they are isolated, each [batch, context_length]; sets int64 [batch], the
+    numbers of their data sets.
 
     Isolated, a document's tokens count their own positions, and its first is not predicted.
     """
-    tokens, labels, documents = (
-        torch.from_numpy(np.stack([getattr(each, name) for each in samples]))
-        for name in ("tokens", "labels", "documents")
-    )
+    tokens = _stack([each.tokens for each in samples])
     batch = {
         "tokens": tokens,
-        "labels": labels,
-        "loss_mask": torch.from_numpy(np.stack([each.loss_mask for each in samples])).float(),
+        "labels": _stack([each.labels for each in samples]),
+        "loss_mask": _stack([each.loss_mask for each in samples]).float(),
         "positions": torch.arange(tokens.shape[1]).repeat(len(samples), 1),
+        "sets": torch.tensor([each.dataset for each in samples]),
     }
     if isolate_documents:
+        documents = _stack([each.documents for each in samples]).long()
         inputs, predicted = documents[:, :-1], documents[:, 1:]
         batch["positions"] = positions_within(inputs)
         batch["documents"] = inputs.contiguous()
         # Nothing of a document predicts the next one.
         batch["loss_mask"] *= inputs == predicted
     return batch
+
+
+def _stack(rows: list[NDArray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(rows))
 
 
 def positions_within(documents: torch.Tensor) -> torch.Tensor:
@@ -157,58 +223,3 @@ def positions_within(documents: torch.Tensor) -> torch.Tensor:
     in_order = documents.gather(1, order)
     begins = torch.searchsorted(in_order.contiguous(), documents.contiguous())
     return ranks - begins
-
-
-class EvaluationSamples(Sequence[Sample]):
-    """A set from its first token to its last, in the order of the file: every token but the first
-    is predicted exactly once. A context ends with a document wherever one ends within its reach,
-    so that documents are read whole; it begins with the last token of the context before."""
-
-    def __init__(self, documents: IndexedSet, *, context_length: int, pad: int) -> None:
-        """Use :func:`evaluation_samples`."""
-        self._documents = documents
-        self._context_length = context_length
-        self._pad = pad
-        self._ends = np.cumsum(documents.lengths, dtype=np.int64) - 1
-        self._cuts = _evaluation_cuts(self._ends, context_length)
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self._cuts) - 1
-
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        """Sample `index`, from 0; IndexError beyond the last."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        first, last = self._cuts[index], self._cuts[index + 1]
-        tokens = self._documents.tokens(first, last + 1)
-        inner = slice(*np.searchsorted(self._ends, [first, last]))
-        pieces = np.split(tokens, self._ends[inner] + 1 - first)
-        block = Block.of(pieces, size=self._context_length + 1, pad=self._pad)
-        return sample_from_block(block, pad=self._pad)
-
-
-def _evaluation_cuts(ends: NDArray[np.int64], context_length: int) -> list[int]:
-    """Context i reads the tokens from cut i on and predicts those up to and with cut i + 1.
-
-    `ends` are the places of the documents' last tokens.
-    """
-    cuts, last = [0], int(ends[-1]) if len(ends) else -1
-    while cuts[-1] < last:
-        reach = cuts[-1] + context_length
-        number = int(np.searchsorted(ends, reach, side="right")) - 1
-        whole = int(ends[number]) if number >= 0 else 0
-        cuts.append(whole if whole > cuts[-1] else min(reach, last))
-    return cuts
-
-
-def evaluation_samples(
-    prefix: str, vocabulary: JointVocabulary, *, context_length: int
-) -> EvaluationSamples:
-    """All samples of the set PREFIX, neither shuffled nor masked, always the same.
-
-    Raises:
-        UsageError: the set is missing, damaged, or of another vocabulary.
-    """
-    documents = open_set(prefix, vocabulary)
-    return EvaluationSamples(documents, context_length=context_length, pad=vocabulary.pad)

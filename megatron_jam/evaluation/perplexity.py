@@ -7,8 +7,9 @@ import torch
 
 from megatron_jam.config.data import DataSetConfig
 from megatron_jam.config.errors import UsageError
+from megatron_jam.data.evaluation import evaluation_samples
 from megatron_jam.data.indexed import read_info
-from megatron_jam.data.loader import collate, evaluation_samples
+from megatron_jam.data.loader import collate
 from megatron_jam.data.sample import Sample
 from megatron_jam.models.jam import JamModel
 from megatron_jam.parallel.world import World

@@ -1,9 +1,16 @@
-"""Loads the compiled extension, whose import registers the operators `torch.ops.megatron_jam.*`."""
+"""Loads the compiled extension, whose import registers the operators `torch.ops.megatron_jam.*`.
+
+What the data path has in C++ works on numpy arrays, and stands here by name.
+"""
+
+import torch  # noqa: F401  (the extension needs its libraries)
 
 try:
-    from megatron_jam import _C  # noqa: F401
+    from megatron_jam._C import Cm3, pack_greedily, read_stream
 except ImportError as error:
     raise ImportError(
         "the compiled extension megatron_jam._C is missing or was built for another torch: "
         f"run `make setup` in the repository ({error})"
     ) from error
+
+__all__ = ["Cm3", "pack_greedily", "read_stream"]

@@ -1,5 +1,6 @@
 """The one training loop: parents, continued pretraining and instruction tuning."""
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,14 +10,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.config.run import RunConfig
-from megatron_jam.data.loader import (
-    build_dataset,
-    collate,
-    global_batch_indices,
-    image_tokenizer_of,
-)
+from megatron_jam.data.loader import GlobalBatches, build_dataset, image_tokenizer_of
+from megatron_jam.data.mix import mix_of
 from megatron_jam.parallel.device import DTYPES, peak_memory_bytes
 from megatron_jam.parallel.seeds import seed_step
 from megatron_jam.parallel.world import World
@@ -36,7 +34,7 @@ from megatron_jam.training.optimizer import (
 from megatron_jam.training.preflight import check_replicas, log_start, save_environment
 from megatron_jam.training.saver import Saver
 from megatron_jam.training.skips import SKIPPED, report_skipped
-from megatron_jam.training.step import Batch, ForwardBackward, StepResult, train_step
+from megatron_jam.training.step import ForwardBackward, StepResult, train_step
 from megatron_jam.training.stop import StopPoll, StopRequested
 from megatron_jam.training.watchdog import Watchdog
 from megatron_jam.weights.folder import WeightsFolder
@@ -84,7 +82,7 @@ class Training:
         except StopRequested as reason:
             self._stop_poll.leave(reason, 0)
             raise
-        self._callbacks = [memory, Reporter(config, writes=world.rank == 0), *callbacks]
+        self._callbacks = [memory, Reporter(self.config, writes=world.rank == 0), *callbacks]
         self._saver = Saver(
             self.checkpoints, self._callbacks, asynchronous=config.async_checkpoints
         )
@@ -98,6 +96,17 @@ class Training:
             folder.vocabulary,
             context_length=config.context_length,
             seed=config.seed,
+            index_cache=config.loader.index_cache,
+        )
+        self.config = config = config.with_steps(self._dataset.epoch_size)
+        self._batches = GlobalBatches(
+            self._dataset,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            data_parallel_rank=world.data.rank,
+            data_parallel_size=world.data.size,
+            isolate_documents=config.data.isolate_documents,
+            workers=config.loader.workers,
         )
         self._stop_poll()
         self.chunks = build_chunks(config, folder, world)
@@ -173,6 +182,16 @@ class Training:
             each.begins(self, first)
         return first
 
+    def _log_data(self) -> None:
+        """Say how long the run is and what it reads; OUTPUT/data.json has the same."""
+        config, blend = self.config, self._dataset
+        mix = mix_of(config.data, blend, config.steps * config.global_batch_size)
+        logger.info("length: %s", config.length_as_text(blend.epoch_size))
+        for line in mix.lines():
+            logger.info("%s", line)
+        if self.world.rank == 0:
+            write_text_atomically(config.output / "data.json", json.dumps(mix.as_dict(), indent=2))
+
     def _train(self, first: int) -> None:
         config = self.config
         last = min(config.stop_at or config.steps, config.steps)
@@ -226,8 +245,7 @@ class Training:
             seed_step(self.world, seed=config.seed, step=step)
         start = time.perf_counter()
         self._watchdog.progress(step + 1, "reading the batch")
-        indices = self._indices(step)
-        batches = self._batches(indices)
+        batches = self._batches(step)
         seconds = time.perf_counter() - start
         self._watchdog.progress(step + 1, "forward pass, backward pass and update")
         result = train_step(
@@ -238,30 +256,13 @@ class Training:
                 config.output / SKIPPED,
                 step + 1,
                 result.skipped,
-                indices,
+                self._batches.indices(step),
                 self._step.spoilt(),
                 blend=self._dataset,
                 names=[each.name for each in config.data.sets],
                 world=self.world,
             )
         return result
-
-    def _indices(self, step: int) -> list[list[int]]:
-        return global_batch_indices(
-            step,
-            global_batch_size=self.config.global_batch_size,
-            micro_batch_size=self.config.micro_batch_size,
-            data_parallel_rank=self.world.data.rank,
-            data_parallel_size=self.world.data.size,
-        )
-
-    def _batches(self, indices: Sequence[Sequence[int]]) -> list[Batch]:
-        isolate = self.config.data.isolate_documents
-        return [
-            collate([self._dataset.sample(i) for i in each], isolate_documents=isolate)
-            | {"sets": torch.tensor([self._dataset.locate(i)[0] for i in each])}
-            for each in indices
-        ]
 
     def _counters(self, health: Mapping[str, Any]) -> dict[str, Any]:
         return {"health": health, "measured": self._measured}

@@ -92,11 +92,14 @@ def test_saved_settings_load_again(tmp_path: Path) -> None:
         ({"data": {"sets": SETS, "cm3": {"spans": 1}}}, "does not accept option 'cm3.spans'"),
         ({"data": {"sets": [{**SETS[0], "wait": 1}]}}, "data.sets.*'wait' is not accepted"),
         ({"validation": [{"name": "a"}]}, "validation.*required: path"),
-        ({"steps": None}, "required: steps"),
+        ({"steps": None}, "give the run's length as one of steps, samples, tokens and epochs"),
         ({"steps": "many"}, '"steps": Expected a .*int.* Got value: many'),
         ({"precision": "fp8"}, '"precision": Expected .*bf16.* Got value: fp8'),
         ({"parallel": {"tensor": 1.5}}, "parallel.tensor.*Got value: 1.5"),
-        ({"steps": 0}, "^steps is 0; it must be at least 1$"),
+        ({"steps": 0}, "give the run's length as one of .*'steps': 0"),
+        ({"epochs": 2.0}, "give the run's length as one of .*'epochs': 2.0"),
+        ({"steps": None, "tokens": -1}, "steps, samples, tokens and epochs must be 0 or more"),
+        ({"loader": {"workers": -1}}, "loader.workers must be within 0..64, not -1"),
         ({"log_every": 0}, "^log_every is 0; it must be at least 1$"),
         ({"keep_checkpoints": 0}, "^keep_checkpoints is 0; it must be at least 1$"),
         ({"validate_every": -1}, "^validate_every is -1; it must be 0 or more$"),
@@ -203,3 +206,27 @@ def test_paper_alignment_phase() -> None:
     assert optimizer.rate(0, 5960) == pytest.approx(6e-8)
     assert optimizer.rate(499, 5960) == 3e-5
     assert optimizer.rate(5959, 5960) == pytest.approx(3e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({"samples": 33}, 5),
+        ({"samples": 32}, 4),
+        ({"tokens": 32 * 64}, 4),
+        ({"tokens": 32 * 64 + 1}, 5),
+        ({"epochs": 2.0}, 25),  # 200 samples, 8 a step
+        ({"epochs": 0.5}, 7),
+    ],
+)
+def test_length_in_any_unit(length: dict[str, Any], steps: int) -> None:
+    data = DataConfig(sets=[DataSetConfig(name="a", path="p")])
+    paths = {"weights": Path("w"), "output": Path("o")}
+    config = RunConfig(**paths, data=data, context_length=64, global_batch_size=8, **length)
+    resolved = config.with_steps(100.0)
+    assert resolved.steps == steps
+    assert resolved.with_steps(50.0) == resolved  # and stays so
+    assert resolved.length_as_text(100.0) == (
+        f"{steps} steps = {8 * steps} samples = {512 * steps} tokens = {0.08 * steps:.3g} epochs"
+    )

@@ -4,16 +4,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_jam.data.blend import Blend
+from megatron_jam.data.sample import Sample
 
 
 class Numbers:
-    """A data set whose sample is (its name, the index)."""
+    """A data set whose samples hold its name and the index."""
+
+    epoch_size = 10
 
     def __init__(self, name):
         self.name = name
 
     def sample(self, index):
-        return self.name, index
+        return Sample((self.name, index), None, None, None, index=index)
 
 
 def make(weights):
@@ -78,6 +81,44 @@ def test_extreme_weights_never_leave_the_range():
     assert {blend.locate(i) for i in range(1000)} == {(2, i) for i in range(1000)}
 
 
-def test_samples_are_the_sets():
+def test_samples_are_the_sets_and_say_which():
     blend = make([2, 1])
-    assert [blend.sample(i) for i in range(9)] == [blend.locate(i) for i in range(9)]
+    samples = [blend.sample(i) for i in range(9)]
+    assert [each.tokens for each in samples] == [blend.locate(i) for i in range(9)]
+    assert [each.index for each in samples] == list(range(9))
+    assert [each.dataset for each in samples] == [blend.locate(i)[0] for i in range(9)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12), st.integers(0, 300))
+def test_counts_are_what_is_found(weights, num_samples):
+    blend = make(weights)
+    found = [blend.locate(i)[0] for i in range(num_samples)]
+    assert blend.counts(num_samples) == [found.count(i) for i in range(len(weights))]
+    far = blend.counts(10**15)
+    assert sum(far) == 10**15
+    assert max(abs(n - 10**15 * w / sum(weights)) for n, w in zip(far, weights, strict=True)) < 3
+
+
+def test_finding_a_sample_takes_few_splits():
+    """Of 1,024 sets of one weight each is ten splits deep; by weights, the heavy ones less."""
+    blend = make([1] * 1024)
+    assert set(depths(blend._root)) == {10}
+    weights = [2.0**-i for i in range(30)]
+    mean = sum(w * d for w, d in zip(weights, depths(make(weights)._root), strict=True))
+    assert mean / sum(weights) < 2
+
+
+def depths(node, depth=0):
+    """How deep each set lies, by number."""
+    found = {}
+
+    def visit(node, depth):
+        if isinstance(node, int):
+            found[node] = depth
+        else:
+            visit(node.left, depth + 1)
+            visit(node.right, depth + 1)
+
+    visit(node, depth)
+    return [found[number] for number in sorted(found)]

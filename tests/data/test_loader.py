@@ -3,16 +3,20 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_jam.config.data import Cm3Config, DataConfig, DataSetConfig
 from megatron_jam.config.errors import UsageError
+from megatron_jam.data.evaluation import evaluation_samples
+from megatron_jam.data.indexed import read_info
 from megatron_jam.data.loader import (
+    GlobalBatches,
     build_dataset,
     collate,
-    evaluation_samples,
     global_batch_indices,
     image_tokenizer_of,
 )
+from megatron_jam.data.mix import mix_of
 from megatron_jam.tokenizers.document import answer_mask
 from megatron_jam.tokenizers.vocabulary import IMAGE
 from tests.data.small import (
@@ -44,7 +48,7 @@ def build(config, seed=1):
 
 
 def equal(a, b):
-    return all(np.array_equal(getattr(a, f), getattr(b, f)) for f in vars(a))
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 CONFIGS = {
@@ -88,7 +92,7 @@ def test_a_set_keeps_its_samples_when_others_join(sets):
     for i in range(40):
         number, local = blend.locate(i)
         if number == 1:
-            assert equal(blend.sample(i), alone.sample(local))
+            assert equal(blend.sample(i)._replace(index=local, dataset=0), alone.sample(local))
 
 
 def test_weights(sets):
@@ -180,6 +184,95 @@ def test_micro_batches_of_a_rank():
     assert indices == [[10, 11], [14, 15]]
 
 
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(("ranks", "micro_batch_size"), [(1, 12), (2, 3), (3, 1)])
+def test_workers_and_layout_do_not_change_the_batches(sets, ranks, micro_batch_size, workers):
+    """Read in order, and then from a step in the middle as a resumed run does."""
+    config = DataConfig(sets=list(sets.values()), **CONFIGS["cm3"])
+    dataset = build(config)
+    for steps in ((0, 1, 2, 3), (7, 8), (3,)):
+        by_rank = [
+            GlobalBatches(
+                build(config),
+                global_batch_size=12,
+                micro_batch_size=micro_batch_size,
+                data_parallel_rank=rank,
+                data_parallel_size=ranks,
+                workers=workers,
+            )
+            for rank in range(ranks)
+        ]
+        for step in steps:
+            micro_batches = zip(*(batches(step) for batches in by_rank), strict=True)
+            rows = [batch for micro in micro_batches for batch in micro]
+            due = collate([dataset.sample(i) for i in range(12 * step, 12 * step + 12)])
+            for name, values in due.items():
+                assert torch.equal(torch.cat([batch[name] for batch in rows]), values)
+
+
+def test_an_error_in_a_worker_reaches_the_run(sets):
+    class Broken:
+        epoch_size = 1
+
+        def sample(self, index):
+            raise OSError("the disk is gone")
+
+    batches = GlobalBatches(
+        Broken(),
+        global_batch_size=1,
+        micro_batch_size=1,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+    )
+    with pytest.raises(OSError, match="the disk is gone"):
+        batches(0)
+
+
+def test_sets_of_unlike_dtypes_blend(tmp_path):
+    """And one that another program of Megatron's wrote, in int64."""
+    documents = text_documents(50)
+    make_set(tmp_path / "narrow", documents)
+    make_set(tmp_path / "wide", documents)
+    builder = IndexedDatasetBuilder(str(tmp_path / "wide.bin"), dtype=np.int64)
+    for each in documents:
+        builder.add_document(each, [each.size])
+    builder.finalize(str(tmp_path / "wide.idx"))
+    sets = [DataSetConfig(name="same", path=str(tmp_path / name)) for name in ("narrow", "wide")]
+    for settings in CONFIGS.values():
+        narrow, wide = (build(DataConfig(sets=[each], **settings)) for each in sets)
+        for i in range(40):
+            ours, theirs = narrow.sample(i), wide.sample(i)
+            assert equal(ours, theirs)
+            assert ours.tokens.dtype == theirs.tokens.dtype == np.int64
+    both = build(DataConfig(sets=[sets[0], dataclasses.replace(sets[1], name="other")]))
+    assert {both.sample(i).dataset for i in range(10)} == {0, 1}
+
+
+def test_what_a_run_reads_is_what_it_says(sets):
+    config = DataConfig(
+        sets=[
+            dataclasses.replace(sets["text"], weight=3.0),
+            dataclasses.replace(sets["pairs"], weight=1.0),
+        ]
+    )
+    blend = build(config)
+    mix = mix_of(config, blend, 1000)
+    assert [each.name for each in mix.sets] == ["text", "pairs"]
+    assert [each.asked for each in mix.sets] == [0.75, 0.25]
+    assert [each.samples for each in mix.sets] == [750, 250]
+    counted = np.zeros(3)
+    for i in range(1000):
+        counted += np.bincount(VOCABULARY.modality[blend.sample(i).tokens], minlength=3)
+    for name, share in zip(("text", "image", "special"), counted / counted.sum(), strict=True):
+        assert mix.got[name] == pytest.approx(share, abs=0.01)
+        assert mix.asked[name] == pytest.approx(mix.got[name], abs=0.01)
+    for each, name in zip(mix.sets, ("text", "pairs"), strict=True):
+        num_tokens = read_info(sets[name].path).num_tokens
+        assert each.epochs == pytest.approx(each.samples * N / num_tokens, rel=0.02)
+    assert mix.lines()[0].startswith("data text: 75.00% of the samples (75.00% asked), 750 samples")
+    assert len(mix.lines()) == 5
+
+
 def test_refuses_a_batch_that_does_not_divide():
     with pytest.raises(UsageError, match=r"global_batch_size 8 .* micro_batch_size 3 .* size 2"):
         global_batch_indices(
@@ -197,7 +290,9 @@ def test_collate(sets):
         "labels": torch.int64,
         "loss_mask": torch.float32,
         "positions": torch.int64,
+        "sets": torch.int64,
     }
+    assert batch["sets"].tolist() == [0, 0, 0]
     for row, sample in enumerate(samples):
         assert batch["tokens"][row].tolist() == sample.tokens.tolist()
         assert batch["labels"][row].tolist() == sample.labels.tolist()

@@ -1,12 +1,15 @@
 import logging
+import math
 
 import numpy as np
 import pytest
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.log import logger
+from megatron_jam.data.index_cache import IndexCache
 from megatron_jam.data.packing import DocumentPacking, StreamPacking, shuffled
-from tests.data.small import PAD, E, make_set, text_documents
+from megatron_jam.tokenizers.document import caption_image_document
+from tests.data.small import PAD, VOCABULARY, E, codes, make_set, text_documents, text_ids
 
 SEED = (7, 1)
 NUM_EPOCHS = 5
@@ -50,7 +53,7 @@ def test_stream_is_the_concatenation_cut_into_slices(opened, documents, context_
     for index in range(num_blocks):
         start = index * context_length
         block = packing.block(index).tokens
-        assert block.dtype == np.int64
+        assert block.dtype == opened.dtype
         assert block.tolist() == stream[start : start + context_length + 1].tolist()
 
 
@@ -140,3 +143,88 @@ def test_blocks_number_their_documents(opened, documents):
         block = stream.block(index)
         ends = np.flatnonzero(block.tokens == E)
         assert block.documents.tolist() == np.searchsorted(ends, np.arange(61)).tolist()
+
+
+@pytest.mark.parametrize("kind", ["stream", "documents"])
+def test_an_epoch_has_the_size_it_says(opened, documents, kind):
+    """Every token of the set is read in that many blocks, and not in one less."""
+    packing = make_packing(kind, opened)
+
+    def num_ends(size):
+        tokens = [packing.block(index).tokens for index in range(size)]
+        # A stream's block has one token more than is its own.
+        return sum(int((each[: 32 if kind == "stream" else 33] == E).sum()) for each in tokens)
+
+    assert num_ends(math.ceil(packing.epoch_size)) >= len(documents)
+    assert num_ends(math.ceil(packing.epoch_size) - 1) < len(documents)
+    if kind == "stream":
+        assert packing.epoch_size == opened.num_tokens / 32
+
+
+def test_retrieved_documents_stay_with_theirs(tmp_path):
+    """Packed by documents, whole; isolated, as one document."""
+    rng = np.random.default_rng(0)
+    documents = [
+        caption_image_document(
+            VOCABULARY, text_ids(rng), codes(rng), [(text_ids(rng), codes(rng))] * 2
+        )
+        for _ in range(30)
+    ]
+    opened = make_set(tmp_path / "pairs", documents, kind="pairs")
+    packing = DocumentPacking(opened, context_length=120, seed=SEED, pad=PAD)
+    found = []
+    for index in range(int(packing.epoch_size)):
+        block = packing.block(index)
+        for number in range(block.documents.max() + 1):
+            found.append(block.tokens[block.documents == number].tolist())
+    whole = [each for each in found if PAD not in each]
+    assert sorted(whole) == sorted(each.tolist() for each in documents)
+
+
+@pytest.mark.parametrize("kind", ["stream", "documents"])
+def test_a_cache_changes_nothing_but_who_computes(opened, documents, tmp_path, monkeypatch, kind):
+    folder = tmp_path / "cache"
+
+    def blocks(seed=SEED, documents=opened, length=32):
+        cache = {"cache": IndexCache(folder), "seed": seed, "context_length": length}
+        if kind == "stream":
+            packing = StreamPacking(documents, **cache)
+        else:
+            packing = DocumentPacking(documents, pad=PAD, **cache)
+        return [packing.block(index).tokens.tolist() for index in range(60)]
+
+    plain = make_packing(kind, opened)
+    due = [plain.block(index).tokens.tolist() for index in range(60)]
+    assert blocks() == due
+    names = sorted(path.name for path in folder.iterdir())
+    assert all(name.endswith((".numbers.npy", ".ends.npy")) for name in names)
+    monkeypatch.setattr("megatron_jam.data.packing.shuffled", None)  # not called again
+    assert blocks() == due
+    monkeypatch.undo()
+    # Another seed, and another set of as many documents, have files of their own.
+    assert blocks(seed=(7, 2)) != due
+    other = make_set(tmp_path / "other", [each[-3:] for each in documents])
+    assert blocks(documents=other) != due
+    assert len(list(folder.iterdir())) > 2 * len(names)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(opened, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    logger.addHandler(caplog.handler)
+    packing = StreamPacking(
+        opened, context_length=32, seed=SEED, cache=IndexCache(tmp_path / "file" / "cache")
+    )
+    due = make_packing("stream", opened).block(3).tokens.tolist()
+    assert packing.block(3).tokens.tolist() == due
+    logger.removeHandler(caplog.handler)
+    assert "is not used as a cache" in caplog.text
+
+
+def test_a_killed_writer_leaves_no_array_that_is_read(tmp_path):
+    """The first array is there, the second is not: both are made again."""
+    cache = IndexCache(tmp_path)
+    made = cache.arrays(("key",), ("a", "b"), lambda: (np.arange(3), np.arange(4)))
+    next(tmp_path.glob("*.b.npy")).unlink()
+    again = cache.arrays(("key",), ("a", "b"), lambda: (np.arange(3), np.arange(4)))
+    assert [each.tolist() for each in again] == [each.tolist() for each in made]
+    assert len(list(tmp_path.iterdir())) == 2

@@ -14,7 +14,7 @@ from megatron_jam.config.data import Cm3Config
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.loss import LossConfig
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.data.cm3 import cm3_transform
+from megatron_jam.data.cm3 import Cm3Transform
 from megatron_jam.data.sample import Block
 from megatron_jam.models.parameters import parameter_table
 from megatron_jam.models.sharding import logical_gradients
@@ -70,8 +70,9 @@ def test_infill_is_what_cm3_moved(seed: int) -> None:
     tokens = rng.integers(4, 300, size=64)
     tokens[20:36] = VOCABULARY.image.start + rng.integers(0, 16, size=16)
     tokens[[19, 36]] = BREAK
-    block = Block(tokens=tokens, documents=np.zeros(64, dtype=np.int64))
-    out = cm3_transform(block, VOCABULARY, rng, Cm3Config(mean_spans=2.0)).tokens
+    block = Block(tokens=tokens, documents=np.zeros(64, dtype=np.int32))
+    transform = Cm3Transform(VOCABULARY, Cm3Config(mean_spans=2.0))
+    out = transform(block, seed=seed, index=0).tokens
     ends = np.flatnonzero(out == EOSS)
     sentinels = np.flatnonzero((out >= S0) & (out < VOCABULARY.sentinels.stop))
     starts = sentinels[len(sentinels) // 2 :]

@@ -1,0 +1,326 @@
+// The CM3 objective on a block of packed documents: spans are moved to the end of the block, or of
+// their document. megatron_jam/data/cm3_reference.py is the specification, to the bit.
+//
+// A plan says which tokens are read and which of them move; it is drawn first, so that a block of
+// which nothing moves need not be copied.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "jam/philox.h"
+
+namespace jam {
+
+enum class Cm3Scope { kBlock, kAuthors, kDocument };
+
+struct Cm3Settings {
+  double mean_spans;
+  int64_t max_spans;  // not above the number of sentinels
+  double mask_whole_caption;
+  Cm3Scope scope;
+};
+
+struct Cm3Vocabulary {
+  int64_t pad, eos, break_, eoss, first_sentinel;
+  int8_t text, image;            // values in modality
+  std::vector<int8_t> modality;  // of each id
+};
+
+struct Span {
+  int64_t start, end;
+  int64_t size() const { return end - start; }
+};
+
+// The draws of a block, in order.
+class Cm3Uniforms {
+ public:
+  Cm3Uniforms(int64_t seed, int64_t index) : seed_(seed), index_(index) {}
+  double next() { return philox_uniform(seed_, index_, round_++); }
+  // Uniform over 0 .. size - 1.
+  int64_t below(int64_t size) { return static_cast<int64_t>(next() * static_cast<double>(size)); }
+
+ private:
+  int64_t seed_, index_;
+  uint32_t round_ = 0;
+};
+
+// Runs of tokens without borders.
+template <typename Token>
+class Segments {
+ public:
+  Segments(const Token* tokens, int64_t size, int64_t border_a, int64_t border_b, int64_t border_c)
+      : tokens_(tokens),
+        size_(size),
+        a_(static_cast<Id>(border_a)),
+        b_(static_cast<Id>(border_b)),
+        c_(static_cast<Id>(border_c)) {}
+
+  // The first run within [from, end); empty at `end` if there is none.
+  Span next(int64_t from, int64_t end) const {
+    while (from < end && is_border(tokens_[from])) ++from;
+    return {from, find_border(from, end)};
+  }
+
+  // The longest run within the span, the first of equals.
+  Span longest(Span span) const {
+    Span best{span.start, span.start};
+    for (int64_t from = span.start; from < span.end;) {
+      const Span run = next(from, span.end);
+      if (run.size() > best.size()) best = run;
+      from = run.end;
+    }
+    return best;
+  }
+
+  // Whether `count` tokens or more are no borders.
+  bool has(int64_t count) const {
+    for (int64_t place = 0; place < size_ && count > 0; ++place)
+      count -= !is_border(tokens_[place]);
+    return count <= 0;
+  }
+
+  // Which places are no borders.
+  std::vector<int64_t> places() const {
+    std::vector<int64_t> found;
+    for (int64_t place = 0; place < size_; ++place) {
+      if (!is_border(tokens_[place])) found.push_back(place);
+    }
+    return found;
+  }
+
+  int64_t size() const { return size_; }
+
+ private:
+  // Every id of a vocabulary fits into 32 bits; that many compare faster at once than of 64.
+  using Id = std::conditional_t<sizeof(Token) == 8, int64_t, int32_t>;
+
+  bool is_border(Id token) const { return token == a_ || token == b_ || token == c_; }
+
+  int64_t find_border(int64_t from, int64_t end) const {
+    constexpr int64_t kAtOnce = 16;  // without a branch inside, so that it is vectorised
+    for (; from + kAtOnce <= end; from += kAtOnce) {
+      Id found = 0;
+      for (int64_t i = 0; i < kAtOnce; ++i) {
+        const Id token = tokens_[from + i];
+        found |= (token == a_) | (token == b_) | (token == c_);
+      }
+      if (found) break;
+    }
+    while (from < end && !is_border(tokens_[from])) ++from;
+    return from;
+  }
+
+  const Token* tokens_;
+  int64_t size_;
+  Id a_, b_, c_;
+};
+
+// What becomes of a block, or in scope `document` of one of its documents.
+struct Cm3Piece {
+  int64_t start, stop;      // which tokens of the block are read
+  std::vector<Span> spans;  // of them, from `start` on; in order, disjoint, not empty
+};
+
+class Cm3 {
+ public:
+  Cm3(const Cm3Settings& settings, Cm3Vocabulary vocabulary)
+      : settings_(settings), vocabulary_(std::move(vocabulary)) {}
+
+  template <typename Token>
+  std::vector<Cm3Piece> plan(const Token* tokens, const int32_t* documents, int64_t length,
+                             int64_t seed, int64_t index) const {
+    Cm3Uniforms uniforms(seed, index);
+    int64_t content = length;
+    while (content > 0 && tokens[content - 1] == vocabulary_.pad) --content;
+    std::vector<Cm3Piece> pieces;
+    int64_t room = length;
+    for (int64_t start = 0, stop; start < content && room > 0; start = stop) {
+      stop = content;
+      if (settings_.scope == Cm3Scope::kDocument) {
+        for (stop = start; stop < content && documents[stop] == documents[start];) ++stop;
+      }
+      std::vector<Span> spans = choose(tokens + start, stop - start, room, uniforms);
+      const int64_t size = read_size(stop - start, room, spans.size());
+      room -= size + 3 * static_cast<int64_t>(spans.size());
+      pieces.push_back({start, start + size, std::move(spans)});
+    }
+    return pieces;
+  }
+
+  // Carries out a plan; all arrays have `length` items. Returns how many tokens it does not read.
+  template <typename Token>
+  int64_t carry_out(const std::vector<Cm3Piece>& pieces, const Token* tokens,
+                    const int32_t* documents, int64_t length, int64_t* out_tokens,
+                    int32_t* out_documents) const {
+    int64_t place = 0, content = length, num_read = 0;
+    while (content > 0 && tokens[content - 1] == vocabulary_.pad) --content;
+    for (const Cm3Piece& piece : pieces) {
+      const int64_t size = piece.stop - piece.start;
+      const bool closes = settings_.scope == Cm3Scope::kDocument && !piece.spans.empty() &&
+                          tokens[piece.stop - 1] == vocabulary_.eos;
+      const Source<Token> source{tokens + piece.start, documents + piece.start, size - closes};
+      place += move(source, piece.spans, out_tokens + place, out_documents + place);
+      if (closes) {
+        out_tokens[place] = vocabulary_.eos;
+        out_documents[place++] = documents[piece.stop - 1];
+      }
+      num_read += size;
+    }
+    std::fill(out_tokens + place, out_tokens + length, vocabulary_.pad);
+    std::fill(out_documents + place, out_documents + length,
+              content ? documents[content - 1] + 1 : 0);
+    return content - num_read;
+  }
+
+ private:
+  // Draws of all ends before single tokens are taken.
+  static constexpr int kMaxDraws = 64;
+
+  template <typename Token>
+  struct Source {
+    const Token* tokens;
+    const int32_t* documents;
+    int64_t size;
+  };
+
+  // How many of a piece's tokens are read if k spans of it move: each adds two sentinels and
+  // <eoss>.
+  static int64_t read_size(int64_t size, int64_t room, int64_t k) {
+    return std::max<int64_t>(0, std::min(size, room - 3 * k));
+  }
+
+  template <typename Token>
+  Segments<Token> segments(const Token* tokens, int64_t size) const {
+    const bool across = settings_.scope == Cm3Scope::kAuthors;
+    return {tokens, size, vocabulary_.break_, vocabulary_.pad,
+            across ? vocabulary_.pad : vocabulary_.eos};
+  }
+
+  template <typename Token>
+  std::vector<Span> choose(const Token* tokens, int64_t size, int64_t room,
+                           Cm3Uniforms& uniforms) const {
+    if (uniforms.next() < settings_.mask_whole_caption) {
+      const std::vector<Span> found = captions(tokens, read_size(size, room, 1));
+      if (!found.empty()) return {found[uniforms.below(static_cast<int64_t>(found.size()))]};
+    }
+    for (int64_t k = draw_num_spans(uniforms); k > 0; --k) {
+      const Segments<Token> runs = segments(tokens, read_size(size, room, k));
+      if (runs.has(k)) return draw_spans(k, runs, uniforms);
+    }
+    return {};
+  }
+
+  // Poisson, by inversion of one uniform number.
+  int64_t draw_num_spans(Cm3Uniforms& uniforms) const {
+    const double uniform = uniforms.next();
+    double probability = std::exp(-settings_.mean_spans), cumulated = probability;
+    int64_t k = 0;
+    while (uniform >= cumulated && k < settings_.max_spans) {
+      ++k;
+      probability *= settings_.mean_spans / static_cast<double>(k);
+      cumulated += probability;
+    }
+    return k;
+  }
+
+  template <typename Token>
+  std::vector<Span> draw_spans(int64_t k, const Segments<Token>& runs,
+                               Cm3Uniforms& uniforms) const {
+    std::vector<int64_t> ends(2 * k);
+    std::vector<Span> spans(k);
+    for (int draw = 0; draw < kMaxDraws; ++draw) {
+      for (int64_t& end : ends) end = uniforms.below(runs.size() + 1);
+      std::sort(ends.begin(), ends.end());
+      bool whole = true;
+      for (int64_t i = 0; i < k; ++i) {
+        spans[i] = runs.longest({ends[2 * i], ends[2 * i + 1]});
+        whole = whole && spans[i].size() > 0;
+      }
+      if (whole) return spans;
+    }
+    return draw_tokens(k, runs.places(), uniforms);
+  }
+
+  // k single tokens of `places`, each as likely (Floyd's algorithm).
+  static std::vector<Span> draw_tokens(int64_t k, const std::vector<int64_t>& places,
+                                       Cm3Uniforms& uniforms) {
+    std::vector<int64_t> chosen;
+    for (int64_t last = static_cast<int64_t>(places.size()) - k;
+         last < static_cast<int64_t>(places.size()); ++last) {
+      const int64_t drawn = uniforms.below(last + 1);
+      const bool taken = std::find(chosen.begin(), chosen.end(), drawn) != chosen.end();
+      chosen.push_back(taken ? last : drawn);
+    }
+    std::sort(chosen.begin(), chosen.end());
+    std::vector<Span> spans;
+    for (const int64_t number : chosen) spans.push_back({places[number], places[number] + 1});
+    return spans;
+  }
+
+  template <typename Token>
+  std::vector<Span> captions(const Token* tokens, int64_t size) const {
+    const Segments<Token> runs(tokens, size, vocabulary_.break_, vocabulary_.pad, vocabulary_.eos);
+    std::vector<Span> found;
+    for (int64_t from = 0; from < size;) {
+      const Span run = runs.next(from, size);
+      from = run.end;
+      if (run.size() > 0 && run.start > 0 && run.end + 1 < size &&
+          tokens[run.end] == vocabulary_.break_ && is_of(tokens[run.end + 1], vocabulary_.image) &&
+          is_text(tokens, run)) {
+        found.push_back(run);
+      }
+    }
+    return found;
+  }
+
+  bool is_of(int64_t token, int8_t modality) const {
+    return token >= 0 && token < static_cast<int64_t>(vocabulary_.modality.size()) &&
+           vocabulary_.modality[token] == modality;
+  }
+
+  template <typename Token>
+  bool is_text(const Token* tokens, Span run) const {
+    return std::all_of(tokens + run.start, tokens + run.end,
+                       [this](int64_t token) { return is_of(token, vocabulary_.text); });
+  }
+
+  // Writes the source with sentinels, then the spans; returns how many tokens.
+  template <typename Token>
+  int64_t move(const Source<Token>& source, const std::vector<Span>& spans, int64_t* out_tokens,
+               int32_t* out_documents) const {
+    int64_t place = 0;
+    const auto copy = [&](int64_t start, int64_t end) {
+      std::copy(source.tokens + start, source.tokens + end, out_tokens + place);
+      std::copy(source.documents + start, source.documents + end, out_documents + place);
+      place += end - start;
+    };
+    const auto put = [&](int64_t token, int64_t owner) {
+      out_tokens[place] = token;
+      out_documents[place++] = source.documents[owner];
+    };
+    int64_t done = 0, sentinel = vocabulary_.first_sentinel;
+    for (const Span& span : spans) {
+      copy(done, span.start);
+      put(sentinel++, span.start);
+      done = span.end;
+    }
+    copy(done, source.size);
+    sentinel = vocabulary_.first_sentinel;
+    for (const Span& span : spans) {
+      put(sentinel++, span.start);
+      copy(span.start, span.end);
+      put(vocabulary_.eoss, span.end - 1);
+    }
+    return place;
+  }
+
+  Cm3Settings settings_;
+  Cm3Vocabulary vocabulary_;
+};
+
+}  // namespace jam
