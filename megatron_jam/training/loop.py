@@ -174,6 +174,7 @@ class Training:
             config.output.mkdir(parents=True, exist_ok=True)
             config.save(config.output / "run.yaml")
             save_environment(config.output / "environment.json", self.world, backend=config.backend)
+        self._log_data()
         check_replicas(self.chunks, self.world)
         self.health.restore(resumed.counters.get("health", {}))
         self._done = self._saver.newest = first
