@@ -14,7 +14,7 @@ from tests.helpers.commands import ROOT, fails, tool
 from tests.helpers.pico import pico_config
 from tools.show_layout import main, size, spans
 
-TOWER = str(ROOT / "examples/configs/tower.yaml")
+TOWER = str(ROOT / "examples/configs/models/tower.yaml")
 LAYOUT = ("--parallel.tensor", "8", "--parallel.pipeline", "4", "--parallel.balance", "cost")
 
 
