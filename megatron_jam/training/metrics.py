@@ -114,6 +114,7 @@ class Reporter(Callback):
 
     def begins(self, training: "Training", first: int) -> None:
         """Drop what an interrupted run wrote after step `first`, and start the clock."""
+        warn_of_warmup(training.config)
         self._device = training.world.device
         self._work = Work.of(training)
         path = self._config.output / METRICS
@@ -209,6 +210,21 @@ class Reporter(Callback):
     def _tell(self, step: int, kind: str, values: dict[str, Any]) -> None:
         for sink in self._sinks:
             sink.write(step, kind, values)
+
+
+def warn_of_warmup(config: RunConfig) -> None:
+    """Say so if the learning rate never reaches its peak, and what to set."""
+    warmup, steps = config.optimizer.warmup_steps, config.steps
+    if warmup >= steps:
+        logger.warning(
+            "optimizer.warmup_steps is %d and the run has %d steps: the learning rate only rises,"
+            " to %.2e of %.2e; set optimizer.warmup_steps to %d, or train longer",
+            warmup,
+            steps,
+            config.optimizer.rate(steps - 1, steps),
+            config.optimizer.learning_rate,
+            max(1, steps // 10),
+        )
 
 
 def describe_step(step: int, steps: int, values: Mapping[str, Any]) -> str:

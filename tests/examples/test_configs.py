@@ -1,17 +1,29 @@
-"""The configurations that ship for the paper's models: each is read, and counts what it should."""
+"""Configurations that ship are read, have the paper's numbers, fit, and have twins that run."""
 
+import math
+import os
 from pathlib import Path
 
 import pytest
+import yaml
 
+from examples.configs.tiny.run import PHASES, arguments, main
+from examples.configs.tiny.workspace import build_workspace, fuse_all
 from megatron_jam.config.files import read_settings
-from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import ModelConfig
+from megatron_jam.config.run import RunConfig, load_run_config
 from megatron_jam.models.parameters import POSITIONS, num_parameters, parameter_table
+from megatron_jam.parallel.world import World
+from megatron_jam.planning.memory import plan
+from megatron_jam.training.checkpoint import complete_checkpoints
+from megatron_jam.training.metrics import read_metrics
+from tests.helpers.pool import WorkerPool
+from tests.helpers.training import build_training
 
-RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
-PAPER_COUNTS = {
+COUNTS = {
+    "cm3leon_350m": 373_827_584,
+    "cm3leon_760m": 787_233_792,
     "tower": 6_729_801_728,
     "width": 26_344_505_344,
     "cross_none": 13_205_807_104,
@@ -19,41 +31,214 @@ PAPER_COUNTS = {
     "cross_every2": 19_648_258_048,
     "cross_every4": 16_427_032_576,
 }
-"""Parameters of the paper's parent, JAM-Width, and JAM-Cross by bridges (table 4)."""
+"""Parameters of the paper's parents, JAM-Width, and JAM-Cross by bridges (table 4)."""
+
+DEVICE_BYTES = 80e9
+"""Of the GPUs that the layouts are made for."""
+
+
+def model_of(phase: str) -> ModelConfig:
+    """The model that a phase trains."""
+    kind, name = phase.split("/")
+    if kind == "parents":
+        name = name if name in COUNTS else "tower"
+    elif name in ("uniform",):
+        name = "tower"
+    elif name.startswith("width"):
+        name = "width"
+    elif name not in COUNTS:
+        name = "cross_every2"
+    return ModelConfig.from_dict(read_settings(CONFIGS / "models" / f"{name}.yaml"))
+
+
+RANKS = {
+    phase: 64 if phase.startswith("instruction/") else 512 if phase.endswith("7b") else 256
+    for phase in PHASES
+}
+
+
+def read(phase: str) -> RunConfig:
+    return load_run_config(["--config", str(CONFIGS / f"{phase}.yaml")])
 
 
 def test_every_file_is_known() -> None:
-    assert {path.stem for path in CONFIGS.iterdir()} == PAPER_COUNTS.keys()
+    assert {path.stem for path in (CONFIGS / "models").iterdir()} == COUNTS.keys()
+    found = {
+        str(path.relative_to(CONFIGS).with_suffix(""))
+        for path in CONFIGS.glob("*/*.yaml")
+        if path.parent.name not in ("models", "tiny")
+    }
+    assert found == set(PHASES)
 
 
-@pytest.mark.parametrize("name", PAPER_COUNTS)
+@pytest.mark.parametrize("name", COUNTS)
 def test_exact_count(name: str) -> None:
-    model = ModelConfig.from_dict(read_settings(CONFIGS / f"{name}.yaml"))
-    assert num_parameters(model) == PAPER_COUNTS[name]
+    model = ModelConfig.from_dict(read_settings(CONFIGS / "models" / f"{name}.yaml"))
+    assert num_parameters(model) == COUNTS[name]
     shapes = {entry.name: entry.shape for entry in parameter_table(model)}
     assert shapes[POSITIONS][0] == 4_098
     assert model.vocab_size == 66_056
 
 
+PLANNED = ("parents/cm3leon_7b", "alignment/uniform", "alignment/width", "alignment/cross")
+"""The others' plans take as long again."""
+
+
 @pytest.mark.parametrize(
-    ("name", "method", "settings"),
-    [
-        ("uniform", "uniform", {"text_share": 0.5}),
-        ("width_copy", "width", {"fill": "copy"}),
-        ("width_average", "width", {"fill": "average"}),
-        ("width_diagonal", "width", {"fill": "diagonal"}),
-        ("cross_none", "cross", {"every": 0}),
-        ("cross_every1", "cross", {"every": 1}),
-        ("cross_every2", "cross", {"every": 2}),
-        ("cross_every4", "cross", {"every": 4}),
-    ],
+    "phase",
+    [*PLANNED, *(pytest.param(p, marks=pytest.mark.slow) for p in PHASES if p not in PLANNED)],
 )
-def test_recipes_of_the_paper(name: str, method: str, settings: dict) -> None:
-    recipe = FusionRecipe.load(RECIPES / f"{name}.yaml")
-    assert (recipe.method, recipe.output.name) == (method, name)
-    assert {key: getattr(recipe, key) for key in settings} == settings
-    assert (recipe.bridges, recipe.projection, recipe.tables) == ("random", "random", "shared")
+def test_layout_fits_its_gpus(phase: str) -> None:
+    """As many micro-batches as the file says, in 80 GB with a tenth to spare; buckets of gradients
+    that checkpoints can hold."""
+    config, model = read(phase), model_of(phase)
+    replicas = config.parallel.data(RANKS[phase])
+    count = config.num_micro_batches(RANKS[phase])
+    stages = plan(
+        model,
+        config.parallel,
+        replicas=replicas,
+        micro_batch_size=config.micro_batch_size,
+        num_micro_batches=count,
+        context_length=config.context_length,
+        precision=config.precision,
+    )
+    for stage in stages:
+        held = stage.state.total + stage.activations[config.recompute]
+        assert held < 0.9 * DEVICE_BYTES
+    text = (CONFIGS / f"{phase}.yaml").read_text().replace("\n# ", " ")
+    tensor = config.parallel.tensor
+    assert f"TP {tensor} x PP 1 x DP {replicas}, {count} micro-batches" in text
+    assert f"of {config.micro_batch_size} a step" in text
+    assert str(RANKS[phase]) in text
+    for entry in parameter_table(model):
+        share = math.prod(entry.shape) // (tensor if entry.split is not None else 1)
+        assert share % math.lcm(replicas, 128) == 0, entry.name
 
 
-def test_every_recipe_is_known() -> None:
-    assert len(list(RECIPES.iterdir())) == 8
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_the_paper_does_not_state_is_marked(phase: str) -> None:
+    config, text = read(phase), (CONFIGS / f"{phase}.yaml").read_text()
+    optimizer = config.optimizer
+    assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 1.0)
+    assert optimizer.final_learning_rate == pytest.approx(optimizer.learning_rate / 10)
+    assert "  # Not in the paper: OPT's and metaseq's.\n  beta1: 0.9" in text
+    assert "# not in the paper: linear decay to a tenth" in text
+    if len(config.data.sets) > 1 and phase.startswith("alignment"):
+        assert "# Not in the paper: 30B tokens of pairs and 30B of text" in text
+    assert (config.loss.z, config.loss.text, config.loss.image) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["uniform", "width", "cross"])
+def test_alignment_is_the_papers(name: str) -> None:
+    config = read(f"alignment/{name}")
+    assert config.steps == 5960
+    assert config.global_batch_size * config.context_length == 2048 * 4096
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (3e-5, 500)
+    assert config.data.objective == "cm3"
+    weights = {each.name: each.weight for each in config.data.sets}
+    assert weights["shutterstock"] == 0.5
+    assert sum(weights.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["with_pairs", "without_pairs"])
+def test_instruction_tuning_is_the_papers(name: str) -> None:
+    config = read(f"instruction/{name}")
+    assert config.global_batch_size * config.context_length == 256 * 4096
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (1e-5, 300)
+    assert ("shutterstock" in {each.name for each in config.data.sets}) == (name == "with_pairs")
+    assert config.checkpoint_every == config.keep_every == config.steps // 15
+
+
+def test_ablations_are_the_papers() -> None:
+    half = {read(f"ablations/cross_{n}").steps for n in ("none", "every1", "every2", "every4")}
+    whole = {read(f"ablations/width_{n}").steps for n in ("copy", "average")}
+    assert (half, whole) == ({2980}, {5960})
+
+
+@pytest.mark.parametrize(
+    ("size", "rate", "tokens"), [("350m", 6e-4, 1.4), ("760m", 5e-4, 1.9), ("7b", 1.2e-4, 2.4)]
+)
+def test_parents_are_cm3leons(size: str, rate: float, tokens: float) -> None:
+    config = read(f"parents/cm3leon_{size}")
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (rate, 1500)
+    seen = config.steps * config.global_batch_size * config.context_length
+    assert seen / 1e12 == pytest.approx(tokens, rel=1e-5)
+
+
+def test_llm_is_extended_on_30b_tokens() -> None:
+    first, second = read("parents/llm"), read("parents/llm_4096")
+    assert (first.context_length, second.context_length) == (2048, 4096)
+    assert second.weights == first.output / "weights"
+    seen = second.steps * second.global_batch_size * second.context_length
+    assert seen == pytest.approx(30e9, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that the phases name, in small."""
+    folder = tmp_path_factory.mktemp("tiny")
+    build_workspace(folder)
+    fuse_all(folder)
+    return folder
+
+
+def train(world: World, folder: Path, options: list[str]) -> None:
+    """A run as `megatron_jam.train` makes it in `folder`."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        config = load_run_config(options)
+        build_training(world, {name: getattr(config, name) for name in vars(config)}).run()
+    finally:
+        os.chdir(before)
+
+
+def settings_differ(phase: str) -> set[str]:
+    """Top-level settings in which a phase's twin is not the phase."""
+    whole, twin = read(phase).as_dict(), load_run_config(arguments(phase)).as_dict()
+    return {name for name in whole if whole[name] != twin[name]}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_twin_differs_in_size_alone(phase: str) -> None:
+    assert settings_differ(phase) <= {
+        *("steps", "context_length", "global_batch_size", "micro_batch_size", "precision"),
+        *("parallel", "optimizer", "log_every", "validate_every", "checkpoint_every"),
+        *("keep_every",),
+    }
+    whole, twin = read(phase).optimizer, load_run_config(arguments(phase)).optimizer
+    changed = {n for n, v in vars(whole).items() if v != getattr(twin, n)}
+    assert changed == {"warmup_steps"}
+    assert yaml.safe_load((CONFIGS / "tiny" / "steps.yaml").read_text())["parallel"]["tensor"] == 2
+
+
+@pytest.mark.parametrize("phase", ["alignment/cross", "ablations/width_average"])
+def test_a_twin_runs(pool: WorkerPool, phase: str, workspace: Path) -> None:
+    config = load_run_config(arguments(phase))
+    data = 2 // config.parallel.tensor
+    pool.run(train, config.parallel, workspace, arguments(phase), data=data)
+    check(workspace / config.output, config)
+
+
+def check(output: Path, config: RunConfig) -> None:
+    """A run has made all its steps, saved, measured and exported."""
+    lines = read_metrics(output / "metrics.jsonl")
+    losses = [each["loss"] for each in lines if each["kind"] == "train"]
+    assert len(losses) == config.steps
+    assert all(0 < each < 10 for each in losses)
+    assert {each["set"] for each in lines if each["kind"] == "validation"} >= {
+        each.name for each in config.validation
+    }
+    assert complete_checkpoints(output / "checkpoints")
+    assert (output / "weights" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_all_twins_run_one_after_the_other(tmp_path: Path) -> None:
+    """Under torchrun on two ranks, each phase from what those before it have made."""
+    main(tmp_path / "tiny")
+    for phase in PHASES:
+        config = load_run_config(arguments(phase))
+        check(tmp_path / "tiny" / config.output, config)

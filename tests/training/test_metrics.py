@@ -15,10 +15,16 @@ from megatron_jam.config.data import Cm3Config, DataConfig, DataSetConfig
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.log import logger
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.config.run import RunConfig
+from megatron_jam.config.run import OptimizerConfig, RunConfig
 from megatron_jam.parallel.world import World
 from megatron_jam.planning.flops import model_flops
-from megatron_jam.training.metrics import AVERAGE, describe_step, duration, read_metrics
+from megatron_jam.training.metrics import (
+    AVERAGE,
+    describe_step,
+    duration,
+    read_metrics,
+    warn_of_warmup,
+)
 from megatron_jam.training.sinks import ProgressLine, WeightsAndBiases, scalars
 from megatron_jam.weights.folder import WeightsFolder
 from tests.helpers.pool import WorkerPool
@@ -150,6 +156,21 @@ def test_log_line(run: Path) -> None:
         assert part in told
     assert "\n" not in told
     assert "MFU n/a" in describe_step(7, 20, {**line, "mfu": None})
+
+
+@pytest.mark.parametrize(("warmup", "warns"), [(4, True), (300, True), (3, False)])
+def test_a_warmup_as_long_as_the_run_is_named(
+    caplog: pytest.LogCaptureFixture, material: tuple[Path, Path], warmup: int, warns: bool
+) -> None:
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=warmup)
+    values = settings(material, Path("run"), ParallelConfig(), optimizer=optimizer)
+    logger.addHandler(caplog.handler)
+    try:
+        warn_of_warmup(RunConfig(**values))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert ("the learning rate only rises" in caplog.text) == warns
+    assert ("set optimizer.warmup_steps to 1," in caplog.text) == warns
 
 
 def test_scalars() -> None:

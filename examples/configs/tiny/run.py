@@ -2,7 +2,7 @@
 
     python -m examples.configs.tiny.run [--folder FOLDER] [--phases '[alignment/cross, ...]']
 
-A twin is its phase's own configuration with steps.yaml or epochs.yaml laid over it, in a folder
+A twin is its phase's own configuration with steps.yaml or replicas.yaml laid over it, in a folder
 that has all that the phase names, in small: what it trains on, blends, counts and measures is the
 phase's.
 """
@@ -29,7 +29,7 @@ PHASES = (
 
 def arguments(phase: str) -> list[str]:
     """The options of training that make a phase's twin."""
-    overlay = "epochs" if phase.startswith("instruction/") else "steps"
+    overlay = "replicas" if phase.startswith("instruction/") else "steps"
     files = (HERE.parent / f"{phase}.yaml", HERE / f"{overlay}.yaml")
     return [option for file in files for option in ("--config", str(file))]
 
