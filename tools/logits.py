@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import publish, temporary_name
+from megatron_jam.config.files import publish, temporary_name, writing
 from megatron_jam.config.log import logger
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.evaluation.logits import folder_logits
@@ -34,6 +34,8 @@ def main(
     """
     if ids is None or out is None:
         raise UsageError("name the ids to read and the file to write: --ids IDS.npy --out OUT.npy")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"{out.parent} is no folder: make it first")
     try:
         given = np.load(ids, allow_pickle=False)
     except ValueError as error:
@@ -42,7 +44,7 @@ def main(
     found = folder_logits(weights, given, world, dtype=DTYPES[precision])
     if found is not None:
         temporary = temporary_name(out)
-        with temporary.open("wb") as file:
+        with writing(out), temporary.open("wb") as file:
             np.save(file, found)
         publish(temporary, out)
         logger.info("wrote %s: %s", out, list(found.shape))

@@ -7,10 +7,14 @@ kernel ends the process where it reads beyond the end, without a word.
 import ctypes
 import os
 import signal
+import threading
 from pathlib import Path
 
 _SA_SIGINFO = 4  # linux/signal.h
 _ADDRESS_OFFSET = 16  # of si_addr in siginfo_t, on 64 bits
+
+
+_ONE = threading.Lock()
 
 
 class _Action(ctypes.Structure):
@@ -33,6 +37,7 @@ def tell_of_cut_files() -> None:
 
 
 def _tell(_: int, information: int, __: int) -> None:
+    _ONE.acquire()  # the line of another thread is enough
     address = ctypes.c_void_p.from_address(information + _ADDRESS_OFFSET).value or 0
     line = f"error: {_file_at(address)} was cut off while it was read: run this again\n"
     os.write(2, line.encode())

@@ -1,5 +1,6 @@
 """Safetensors files written tensor by tensor, whatever their number and size."""
 
+import errno
 import hashlib
 import json
 import os
@@ -145,7 +146,7 @@ class TensorStream:
             for piece in _pieces(data):
                 self._waiting.append(self._hasher.submit(digest.update, piece))
                 with writing(Path(file.name)):
-                    file.write(piece)
+                    _append(file, piece)
                 if len(self._waiting) > _WAITING:
                     self._waiting.popleft().result()
         assert left == 0, f"{name}: {left} bytes too few"
@@ -217,6 +218,17 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy().reshape(-1))
+
+
+def _append(file: Any, piece: memoryview) -> None:
+    try:
+        file.write(piece)
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            # It lies in a mapped file that was cut off: reading it here says of which
+            # (config/faults.py).
+            bytes(piece)
+        raise
 
 
 def _pieces(data: memoryview) -> Iterator[memoryview]:

@@ -185,6 +185,31 @@ def test_a_file_that_is_cut_off_is_one_line(tmp_path: Path) -> None:
     assert process.exitcode == 2
 
 
+def _convert_cut_file(source: str, told: Path) -> None:
+    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
+    tell_of_cut_files()
+
+    def before(number: int) -> None:
+        if number == 30:
+            os.truncate(Path(source).with_name("checkpoint_3-model_part-1.pt"), 5000)
+
+    conversion(source, before).write(Path(source).parents[1] / "out")
+
+
+def test_a_source_that_is_cut_off_is_one_line(source: str, tmp_path: Path) -> None:
+    """Also where the kernel finds out while it writes."""
+    told = tmp_path / "told"
+    process = CONTEXT.Process(target=_convert_cut_file, args=(source, told))
+    process.start()
+    process.join(60)
+    (line,) = told.read_text().splitlines()
+    assert line.endswith(
+        "checkpoint_3-model_part-1.pt was cut off while it was read: run this again"
+    )
+    assert process.exitcode == 2
+    assert not (tmp_path / "out").exists()
+
+
 def _limited(told: Path, target: Callable[..., None], arguments: list[str]) -> None:
     """Run a command where no file may be larger than 100 kB."""
     os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)

@@ -168,6 +168,17 @@ def test_names_with_dots_reach_nothing(tmp_path: Path) -> None:
         TorchFile(tmp_path / "a.pt")
 
 
+def test_settings_without_end_and_numbers_from_nothing(tmp_path: Path) -> None:
+    endless: list = []
+    endless.append(endless)
+    torch.save({"cfg": {"model": endless}, "model": {"a": torch.ones(1)}}, tmp_path / "a.pt")
+    with pytest.raises(UsageError, match="settings are nested without end"):
+        read_metaseq(str(tmp_path / "a.pt"), pico_source(tmp_path))
+    torch.save({"model": {"a": torch.ones(1).expand(10**6)}}, tmp_path / "a.pt")
+    with pytest.raises(UsageError, match="a tensor has more numbers than are stored"):
+        TorchFile(tmp_path / "a.pt")
+
+
 def test_numpy_values_are_kept_out_of_the_way(tmp_path: Path) -> None:
     import numpy as np
 

@@ -51,7 +51,10 @@ def read_parts(parts: Sequence[Sequence[Path]]) -> tuple[dict[str, Any], list[Wh
         if not isinstance(file.values, dict) or not isinstance(file.values.get("model"), dict):
             raise UsageError(f"{file.path} holds no `model`: it is no checkpoint of metaseq")
     first = read[0][0]
-    settings = plain(first.values.get("cfg") or {"model": first.values.get("args") or {}})
+    try:
+        settings = plain(first.values.get("cfg") or {"model": first.values.get("args") or {}})
+    except RecursionError:
+        raise UsageError(f"{first.path}: its settings are nested without end") from None
     tensors = [_whole_part(shards) for shards in read]
     for shards, held in zip(read, tensors, strict=True):
         if held.keys() != tensors[0].keys():

@@ -173,8 +173,11 @@ class TorchFile:
         """A view of a storage; of nothing that lies outside of it."""
         shape, stride = tuple(map(int, shape)), tuple(map(int, stride))
         reach = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        if min((offset, *shape, *stride)) < 0 or (math.prod(shape) and reach >= storage.size):
+        count = math.prod(shape)
+        if min((offset, *shape, *stride)) < 0 or (count and reach >= storage.size):
             raise ValueError("a tensor reaches beyond its numbers")
+        if count > storage.size:
+            raise ValueError("a tensor has more numbers than are stored")
         return Lazy(
             shape=shape,
             dtype=storage.dtype,
