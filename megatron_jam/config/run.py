@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from megatron_jam.config.cli import parse
 from megatron_jam.config.data import DataConfig, DataSetConfig, LoaderConfig
+from megatron_jam.config.deepspeed import DeepSpeedConfig, check_deepspeed
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.health import HealthConfig
@@ -152,6 +153,13 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Parameters and activations; with bf16 gradients and optimizer stay fp32."""
 
+    engine: Literal["megatron", "deepspeed"] = "megatron"
+    """What splits gradients and optimizer over the ranks: Megatron's distributed optimizer, with
+    every layout, or DeepSpeed's ZeRO, which is data parallel alone."""
+
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """Settings of `engine: deepspeed`."""
+
     backend: Literal["torch", "transformer_engine"] = "torch"
     """Whose layers: torch's run everywhere, Transformer Engine's on NVIDIA GPUs alone."""
 
@@ -229,6 +237,8 @@ class RunConfig:
             raise UsageError(f"freeze is {self.freeze}; it may hold image and text")
         self.parallel.check_length(self.context_length)
         self._check_backend()
+        if self.engine == "deepspeed":
+            check_deepspeed(self.parallel, self.backend)
 
     def _check_backend(self) -> None:
         parallel = self.parallel

@@ -50,11 +50,13 @@ class JamModel(MegatronModule):
         backend: str = "torch",
         fp8: str = "none",
         z_loss: float = 0.0,
+        main_gradients: bool = True,
         chunk: int = 0,
     ) -> None:
         """Build chunk `chunk` of this stage; weights are left for `weights/load.py` to fill.
 
-        `z_loss` is of `linear_cross_entropy`.
+        `z_loss` is of `linear_cross_entropy`; `main_gradients` is whether Megatron's wrapper will
+        keep gradients, to which fused kernels can add within the product.
 
         Raises:
             UsageError: if the layout does not fit the model, or the backend is not there; the
@@ -77,7 +79,7 @@ class JamModel(MegatronModule):
         self._received: Tensor | None = None
         settings = {"dtype": dtype, "recompute": recompute, "dropout": dropout}
         settings |= {"backend": backend, "fp8": fp8}
-        settings["fuses_gradients"] = fuses_weight_gradients(world.device)
+        settings["fuses_gradients"] = main_gradients and fuses_weight_gradients(world.device)
         with torch.device(world.device):
             self._build(world, partial(engine_config, **settings))
 

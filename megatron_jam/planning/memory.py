@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megatron_jam.config.deepspeed import DeepSpeedConfig
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.models.jam import check_layout
@@ -89,6 +90,7 @@ def state_bytes(
     replicas: int,
     num_frozen: int = 0,
     distributed_optimizer: bool = True,
+    zero: DeepSpeedConfig | None = None,
 ) -> State:
     """What weights take on a rank, with what learns them.
 
@@ -101,8 +103,18 @@ def state_bytes(
         replicas: ranks with the same weights.
         num_frozen: how many of the weights do not learn.
         distributed_optimizer: whether they share the optimizer's state.
+        zero: of `engine: deepspeed`: what else they share, whether the host has the optimizer.
+            It keeps an fp32 copy of fp32 weights as well.
     """
     num_learning = num_parameters - num_frozen
+    if zero is not None:
+        share = -(-num_learning // replicas)
+        weights = num_parameters * width
+        return State(
+            weights=-(-weights // replicas) if zero.stage == 3 else weights,
+            gradients=share * FP32,
+            optimizer=0 if zero.offload_optimizer else share * FP32 * 3,
+        )
     optimizer = num_learning * FP32 * (3 if width < FP32 else 2)
     return State(
         weights=num_parameters * width,
@@ -122,6 +134,7 @@ def plan(
     precision: Precision,
     frozen: Collection[str] = (),
     distributed_optimizer: bool = True,
+    zero: DeepSpeedConfig | None = None,
 ) -> list[StageMemory]:
     """Memory of every pipeline stage.
 
@@ -135,6 +148,7 @@ def plan(
         precision: of weights and activations.
         frozen: towers whose parent's weights do not learn; activations are planned as if they did.
         distributed_optimizer: whether replicas share the optimizer's state, as in training.
+        zero: settings of `engine: deepspeed`, if that is the engine.
 
     Raises:
         UsageError: if the model or its sequences cannot be split so; the message names the setting.
@@ -157,6 +171,7 @@ def plan(
             replicas=replicas * parallel.context,
             num_frozen=rank_parameters(*layout, stage, lambda each: not learns(each, frozen)),
             distributed_optimizer=distributed_optimizer,
+            zero=zero,
         )
         stages.append(_stage(*layout, stage, sizes, num_micro_batches, state))
     return stages

@@ -12,6 +12,8 @@ from megatron_jam.models.parameters import learns, parameter_table
 from megatron_jam.models.sharding import freeze
 from megatron_jam.parallel.device import DTYPES
 from megatron_jam.parallel.world import World
+from megatron_jam.training.engine import Engine, MegatronEngine
+from megatron_jam.training.zero import ZeroEngine
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import load_weights
 
@@ -51,6 +53,7 @@ def build_chunks(config: RunConfig, folder: WeightsFolder, world: World) -> list
             backend=config.backend,
             fp8=config.fp8,
             z_loss=config.loss.z,
+            main_gradients=config.engine == "megatron",
             chunk=chunk,
         )
         for chunk in range(config.parallel.interleave)
@@ -59,6 +62,16 @@ def build_chunks(config: RunConfig, folder: WeightsFolder, world: World) -> list
     for chunk in chunks:
         freeze(chunk, config.freeze)
     return chunks
+
+
+def build_engine(config: RunConfig, folder: WeightsFolder, world: World) -> Engine:
+    """The engine that `config` names, with the folder's model.
+
+    Raises:
+        UsageError: it is not installed, or a setting is for a part that the model lacks.
+    """
+    kind = {"megatron": MegatronEngine, "deepspeed": ZeroEngine}[config.engine]
+    return kind(build_chunks(config, folder, world), config, world, folder.vocabulary)
 
 
 def identity(config: RunConfig, folder: WeightsFolder) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,16 @@ from megatron.core.dist_checkpointing.strategies.async_utils import (
     AsyncRequest,
     TemporalAsyncCaller,
 )
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import replace_folder, write_text_atomically
 from megatron_jam.config.log import logger
-from megatron_jam.models.jam import JamModel
 from megatron_jam.parallel.world import World
+from megatron_jam.training.engine import Engine
 from megatron_jam.training.manifest import MANIFEST, find_damage, read_manifest, write_manifest
 from megatron_jam.training.staging import complete, discard, free_reserve, hashing, stage
-from megatron_jam.training.state import bytes_to_write, sharded_state, take_state
+from megatron_jam.training.state import bytes_to_write
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -85,8 +84,7 @@ class Checkpoints:
     def __init__(
         self,
         folder: Path,
-        chunks: Sequence[JamModel],
-        optimizer: MegatronOptimizer,
+        engine: Engine,
         world: World,
         *,
         identity: Mapping[str, Any],
@@ -97,15 +95,14 @@ class Checkpoints:
 
         Args:
             folder: where they are.
-            chunks: this rank's model.
-            optimizer: its optimizer.
+            engine: has this rank's share of model and optimizer.
             world: the ranks.
             identity: settings that a run must not change, as plain JSON values.
             keep: which of them stay.
             describe: writes what the run is into a checkpoint's folder, on rank 0.
         """
         self._folder, self._keep = Path(folder), keep
-        self._chunks, self._optimizer, self._world = chunks, optimizer, world
+        self._engine, self._world = engine, world
         self._identity, self._describe = dict(identity), describe
         self._pending: _Pending | None = None
         self._removal: threading.Thread | None = None
@@ -119,7 +116,7 @@ class Checkpoints:
         """
         self.finish()
         begun = time.perf_counter()
-        state = sharded_state(self._chunks, self._optimizer, self._world, is_loading=False)
+        state = self._engine.sharded_state(is_loading=False)
         size = torch.tensor(bytes_to_write(state), device=self._world.device)
         dist.all_reduce(size)
         part = self._stage(step, int(size))
@@ -205,8 +202,8 @@ class Checkpoints:
                     f"{path} was made with another `{name}`: set it back to go on with that run, or"
                     " choose another output to begin a new one"
                 )
-        state = sharded_state(self._chunks, self._optimizer, self._world, is_loading=True)
-        take_state(self._chunks, self._optimizer, dist_checkpointing.load(state, str(path)))
+        state = self._engine.sharded_state(is_loading=True)
+        self._engine.take_state(dist_checkpointing.load(state, str(path)))
         logger.info("resumed from %s", path)
         return Resumed(step=int(manifest["step"]), counters=manifest["counters"])
 

@@ -18,23 +18,17 @@ from megatron_jam.data.mix import mix_of
 from megatron_jam.parallel.device import DTYPES, peak_memory_bytes
 from megatron_jam.parallel.seeds import seed_step
 from megatron_jam.parallel.world import World
-from megatron_jam.training.build import build_chunks, check_run, identity
+from megatron_jam.training.build import build_engine, check_run, identity
 from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import Checkpoints, Keep
 from megatron_jam.training.health import LEFT_OUT, Health, Unhealthy
 from megatron_jam.training.losses import Losses
 from megatron_jam.training.memory_check import MemoryCheck
 from megatron_jam.training.metrics import Reporter
-from megatron_jam.training.optimizer import (
-    PartNorms,
-    build_optimizer,
-    finish_weights,
-    wrap_chunks,
-)
 from megatron_jam.training.preflight import check_replicas, log_start, save_environment
 from megatron_jam.training.saver import Saver
 from megatron_jam.training.skips import SKIPPED, report_skipped
-from megatron_jam.training.step import ForwardBackward, StepResult, train_step
+from megatron_jam.training.step import ForwardBackward, StepResult
 from megatron_jam.training.stop import StopPoll, StopRequested
 from megatron_jam.training.watchdog import Watchdog
 from megatron_jam.weights.folder import WeightsFolder
@@ -109,17 +103,11 @@ class Training:
             workers=config.loader.workers,
         )
         self._stop_poll()
-        self.chunks = build_chunks(config, folder, world)
-        wrapped = wrap_chunks(self.chunks, world)
-        self._wrapped = wrapped
-        self._optimizer = build_optimizer(wrapped, config.optimizer)
-        self._part_norms = PartNorms(self.chunks, self._optimizer, world)
-        told = {"loss": config.loss, "num_sets": len(config.data.sets)}
-        self._step = ForwardBackward(wrapped, world, folder.vocabulary, **told)
+        self.engine = build_engine(config, folder, world)
+        self.chunks = self.engine.chunks
         self.checkpoints = Checkpoints(
             config.output / "checkpoints",
-            self.chunks,
-            self._optimizer,
+            self.engine,
             world,
             identity=identity(config, folder),
             keep=Keep(newest=config.keep_checkpoints, every=config.keep_every),
@@ -228,7 +216,7 @@ class Training:
 
         if is_due(config.health.compare_replicas_every):
             self._watchdog.progress(done, "comparison of copies after the end")
-            finish_weights(self._wrapped)
+            self.engine.finish_weights()
             check_replicas(self.chunks, self.world, done)
         if is_due(config.validate_every) and done < config.steps and self._measured != done:
             self._measure()
@@ -241,7 +229,7 @@ class Training:
         rate = config.optimizer.rate(step, config.steps)
         if self.health.leaves_out(step + 1):
             logger.warning("step %d is left out, as health.skip_steps says", step + 1)
-            return self._step.left_out(rate, LEFT_OUT)
+            return self.engine.forward.left_out(rate, LEFT_OUT)
         if config.dropout:
             seed_step(self.world, seed=config.seed, step=step)
         start = time.perf_counter()
@@ -249,16 +237,14 @@ class Training:
         batches = self._batches(step)
         seconds = time.perf_counter() - start
         self._watchdog.progress(step + 1, "forward pass, backward pass and update")
-        result = train_step(
-            self._step, self._optimizer, batches, rate, self._part_norms, self.health.judge
-        ).after(data=seconds)
+        result = self.engine.train_step(batches, rate, self.health.judge).after(data=seconds)
         if result.skipped:
             report_skipped(
                 config.output / SKIPPED,
                 step + 1,
                 result.skipped,
                 self._batches.indices(step),
-                self._step.spoilt(),
+                self.engine.forward.spoilt(),
                 blend=self._dataset,
                 names=[each.name for each in config.data.sets],
                 world=self.world,
@@ -270,12 +256,12 @@ class Training:
 
     def _save(self, *, wait: bool = False) -> None:
         self._watchdog.progress(self._done, "saving after the end")
-        finish_weights(self._wrapped)
+        self.engine.finish_weights()
         self._saver.save(self._done, self._counters(self.health.state()), wait=wait)
 
     def _measure(self) -> None:
-        finish_weights(self._wrapped)
-        measured = self._validate(self._step, self._poll_in_validation)
+        self.engine.finish_weights()
+        measured = self._validate(self.engine.forward, self._poll_in_validation)
         self._measured = self._done
         for each in self._callbacks:
             each.validated(self._done, measured)
@@ -297,7 +283,8 @@ class Training:
             "tokens": config.steps * config.global_batch_size * config.context_length,
         }
         export_weights(
-            self.chunks,
+            self.engine.whole_weights(),
+            self.folder.config,
             self.world,
             weights,
             source=self.folder.path,

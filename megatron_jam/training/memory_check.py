@@ -44,6 +44,7 @@ class MemoryCheck(Callback):
             context_length=config.context_length,
             precision=config.precision,
             frozen=config.freeze,
+            zero=config.deepspeed if config.engine == "deepspeed" else None,
         )
         mine = stages[world.pipeline.rank]
         self._planned = mine.state.total + mine.activations[config.recompute]

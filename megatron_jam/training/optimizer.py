@@ -1,6 +1,6 @@
 """Megatron's data-parallel wrapper and optimizer around the model's chunks."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from torch import nn
 
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.model import ModelConfig
 from megatron_jam.config.run import OptimizerConfig
 from megatron_jam.models.jam import JamModel
 from megatron_jam.models.parameters import part_of_model
@@ -145,6 +146,16 @@ def _members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
+def check_factors(factors: Collection[str], model: ModelConfig) -> None:
+    """Raise UsageError if a learning-rate factor is for a part that the model lacks."""
+    for part in factors:
+        if part not in model.parts:
+            raise UsageError(
+                f"optimizer.factors.{part} is for a part that the model lacks; it has"
+                f" {', '.join(model.parts)}"
+            )
+
+
 class PartNorms:
     """Norms of the parts of a gradient: each tower, bridges, embeddings, head."""
 
@@ -201,13 +212,7 @@ def _overrides(
     """Megatron's settings by weight for the factors that are not 1; None for its defaults."""
     if not factors:
         return None
-    known = wrapped[0].module.model_config.parts
-    for part in factors:
-        if part not in known:
-            raise UsageError(
-                f"optimizer.factors.{part} is for a part that the model lacks; it has"
-                f" {', '.join(known)}"
-            )
+    check_factors(factors, wrapped[0].module.model_config)
     for chunk in wrapped:
         for holder in holders(chunk.module):
             holder.parameter.part_of_model = part_of_model(holder.parts[0])

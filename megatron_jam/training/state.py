@@ -37,7 +37,7 @@ def sharded_state(
     model = {}
     for chunk in chunks:
         for holder in holders(chunk):
-            model[_local_key(holder)] = _sharded(holder, world)
+            model[_local_key(holder)] = sharded(holder, world)
     state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)
     return {"model": model, "optimizer": state}
 
@@ -77,25 +77,35 @@ def _local_key(holder: Holder) -> str:
     return f"{holder.key} (copy)" if holder.is_copy else holder.key
 
 
-def _sharded(holder: Holder, world: World) -> ShardedTensor | ShardedTensorFactory:
-    """A parameter's place in the whole model; the first stage's copy of a tied table is saved."""
+def sharded(
+    holder: Holder, world: World, *, replica: int | None = None
+) -> ShardedTensor | ShardedTensorFactory:
+    """A parameter's place in the whole model; the first stage's copy of a tied table is saved.
+
+    Args:
+        holder: the parameter.
+        world: the ranks.
+        replica: this rank's place among those that hold the same; by default that among replicas.
+            Number 0 saves.
+    """
     groups = {"tp_group": world.groups.tp, "dp_cp_group": world.groups.dp_cp}
     copy = int(holder.is_copy)
+    replica = world.replicas.rank if replica is None else replica
     if holder.split is None:
-        replica = (copy, world.tensor.rank, world.replicas.rank)
+        place = (copy, world.tensor.rank, replica)
         return make_sharded_tensor_for_checkpoint(
-            holder.parameter, holder.key, replica_id=replica, **groups
+            holder.parameter, holder.key, replica_id=place, **groups
         )
-    sharded = make_tp_sharded_tensor_for_checkpoint(
+    part = make_tp_sharded_tensor_for_checkpoint(
         holder.parameter,
         holder.key,
         holder.split,
-        replica_id=(copy, 0, world.replicas.rank),
+        replica_id=(copy, 0, replica),
         # Another TP pads the vocabulary differently.
         allow_shape_mismatch=holder.parts[0].is_vocabulary,
         **groups,
     )
     if len(holder.parts) == 1 or holder.parts[0].unit:
-        return sharded
+        return part
     # A rank holds its rows of the gate, then its rows of fc1: two places in the whole tensor.
-    return apply_swiglu_sharded_factory(sharded, ())
+    return apply_swiglu_sharded_factory(part, ())

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.model import ModelConfig
 from megatron_jam.models.jam import JamModel
 from megatron_jam.models.parameters import Parameter, parameter_table
 from megatron_jam.models.sharding import holders, read_holder, unpack
@@ -46,8 +47,21 @@ def check_tensors(folder: WeightsFolder) -> None:
             )
 
 
+def whole_weights(chunks: Sequence[JamModel], world: World) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield each whole weight of the live model on rank 0 (None elsewhere), in the order of the
+    table; all ranks take part."""
+    local: dict[str, Tensor] = {}
+    for chunk in chunks:
+        for holder in holders(chunk):
+            if not holder.is_copy:
+                local.update(unpack(holder.parameter.detach(), holder.parts))
+    table = parameter_table(chunks[0].model_config)
+    return gather_whole(table, local, world, chunks[0].config.params_dtype)
+
+
 def export_weights(
-    chunks: Sequence[JamModel],
+    whole: Iterator[tuple[str, Tensor | None]],
+    config: ModelConfig,
     world: World,
     path: Path,
     *,
@@ -55,30 +69,23 @@ def export_weights(
     dtype: torch.dtype,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write the live model as a weights folder, one tensor at a time; all ranks take part.
+    """Write a model as a weights folder, one tensor at a time; all ranks take part.
 
     Args:
-        chunks: this rank's share of the model.
+        whole: its weights, as `whole_weights` yields them.
+        config: the model.
         world: the ranks.
         path: folder to make (by rank 0).
         source: folder whose vocabulary.json and tokenizer.json are copied.
         dtype: of the tensors written.
         provenance: where the weights come from.
     """
-    config = chunks[0].model_config
-    table = parameter_table(config)
-    local: dict[str, Tensor] = {}
-    for chunk in chunks:
-        for holder in holders(chunk):
-            if not holder.is_copy:
-                local.update(unpack(holder.parameter.detach(), holder.parts))
-    whole = gather_whole(table, local, world, chunks[0].config.params_dtype)
     if world.rank != 0:
         for _ in whole:
             pass
         dist.barrier()
         return
-    shapes = {entry.name: entry.shape for entry in table}
+    shapes = {entry.name: entry.shape for entry in parameter_table(config)}
     with FolderWriter(path, config=config, source=source, shapes=shapes, dtype=dtype) as writer:
         for name, tensor in whole:
             assert tensor is not None

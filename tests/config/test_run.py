@@ -230,3 +230,25 @@ def test_length_in_any_unit(length: dict[str, Any], steps: int) -> None:
     assert resolved.length_as_text(100.0) == (
         f"{steps} steps = {8 * steps} samples = {512 * steps} tokens = {0.08 * steps:.3g} epochs"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": ParallelConfig(tensor=2)}, "parallel.tensor is 2: set it to 1"),
+        ({"parallel": ParallelConfig(pipeline=4)}, "parallel.pipeline is 4: set it to 1"),
+        ({"parallel": ParallelConfig(overlap_gradients=True)}, "parallel.overlap_gradients is for"),
+        ({"backend": "transformer_engine"}, "takes backend torch, not transformer_engine"),
+        (
+            {"backend": "transformer_engine", "parallel": ParallelConfig(context=2)},
+            "parallel.context is 2: set it to 1",
+        ),
+    ],
+)
+def test_deepspeed_is_data_parallel_alone(changes: dict[str, Any], message: str) -> None:
+    data = DataConfig(sets=[DataSetConfig(name="a", path="p")])
+    values = {"weights": Path("w"), "output": Path("o"), "data": data, "steps": 1}
+    values |= {"context_length": 64, "global_batch_size": 8, "engine": "deepspeed"}
+    assert RunConfig(**values).deepspeed.stage == 2
+    with pytest.raises(UsageError, match=message):
+        RunConfig(**values, **changes)

@@ -126,7 +126,7 @@ def build_training(
 
 def moments(training: Training, world: World) -> dict[str, torch.Tensor]:
     """First and second moments, whole, by logical name on rank 0; of one stage and replica."""
-    (optimizer,) = training._optimizer.chained_optimizers
+    (optimizer,) = training.engine.optimizer.chained_optimizers
     result: dict[str, torch.Tensor] = {}
     for kind in ("exp_avg", "exp_avg_sq"):
         local: dict[str, torch.Tensor] = {}

@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel.schedules import (
     get_schedule_table,
 )
 
+from megatron_jam.config.deepspeed import DeepSpeedConfig
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.models.jam import JamModel
@@ -173,3 +174,17 @@ def pipeline_place(size: int, rank: int, interleave: int) -> SimpleNamespace:
     """What Megatron's schedule asks of its communicator."""
     group = SimpleNamespace(size=lambda: size, rank=lambda: rank)
     return SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=interleave)
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        (DeepSpeedConfig(stage=2), (2000, 1000, 3000)),
+        (DeepSpeedConfig(stage=3), (500, 1000, 3000)),
+        (DeepSpeedConfig(stage=3, offload_optimizer=True), (500, 1000, 0)),
+    ],
+)
+def test_what_zero_leaves_on_a_rank(zero: DeepSpeedConfig, expected: tuple[int, int, int]) -> None:
+    """1,000 weights in bf16 on four ranks; gradients, their fp32 copies and moments are fp32."""
+    state = state_bytes(1000, width=2, replicas=4, zero=zero)
+    assert (state.weights, state.gradients, state.optimizer) == expected

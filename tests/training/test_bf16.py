@@ -21,7 +21,7 @@ def train(world: World, values: dict[str, Any]) -> set[tuple[torch.dtype, ...]]:
     training = Training(config, WeightsFolder(config.weights), world, lambda *_: {})
     training.run()
     parameters = [p for chunk in training.chunks for p in chunk.parameters()]
-    (optimizer,) = training._optimizer.chained_optimizers
+    (optimizer,) = training.engine.optimizer.chained_optimizers
     (masters,) = {p.dtype for group in optimizer.optimizer.param_groups for p in group["params"]}
     assert all(p.main_grad.any() for p in parameters)
     return {(p.dtype, p.main_grad.dtype, masters) for p in parameters}

@@ -36,7 +36,7 @@ ONE = ParallelConfig()
 
 def held(training: Training) -> list[torch.Tensor]:
     """Weights and moments of this rank, live."""
-    (optimizer,) = training._optimizer.chained_optimizers
+    (optimizer,) = training.engine.optimizer.chained_optimizers
     moments = [
         value
         for state in optimizer.optimizer.state.values()

@@ -24,7 +24,7 @@ from tests.helpers.training import LAYOUTS, build_training, run_training, settin
 def spoil_loss(training: Training, step: int) -> None:
     """The loss of one token of this rank's first sample in `step` is not a number; gradients are
     as they were."""
-    plain, calls = training._step._loss, []
+    plain, calls = training.engine.forward._loss, []
     micro_batches = training.config.num_micro_batches(training.world.size)
 
     def loss(batch: Any, output: Any) -> Any:
@@ -33,12 +33,12 @@ def spoil_loss(training: Training, step: int) -> None:
             output[1].view(-1)[batch["loss_mask"].view(-1).argmax()] = math.nan
         return plain(batch, output)
 
-    training._step._loss = loss  # type: ignore[method-assign]
+    training.engine.forward._loss = loss  # type: ignore[method-assign]
 
 
 def spoil_gradient(training: Training, step: int) -> None:
     """One element of this rank's gradients in `step` is infinite; the losses are as they were."""
-    plain, calls = training._optimizer.prepare_grads, []
+    plain, calls = training.engine.optimizer.prepare_grads, []
 
     def prepare() -> bool:
         calls.append(None)
@@ -47,7 +47,7 @@ def spoil_gradient(training: Training, step: int) -> None:
             next(parameters).main_grad.view(-1)[0] = math.inf
         return plain()
 
-    training._optimizer.prepare_grads = prepare  # type: ignore[method-assign]
+    training.engine.optimizer.prepare_grads = prepare  # type: ignore[method-assign]
 
 
 SPOIL = {"loss": spoil_loss, "gradient": spoil_gradient}

@@ -12,7 +12,7 @@ from megatron_jam.models.parameters import TOKENS
 from megatron_jam.models.sharding import holders
 from megatron_jam.parallel.world import World
 from megatron_jam.weights.folder import WeightsFolder
-from megatron_jam.weights.load import export_weights, load_weights
+from megatron_jam.weights.load import export_weights, load_weights, whole_weights
 from tests.helpers.pico import pico_config, pico_folder
 from tests.helpers.pool import WorkerPool
 
@@ -38,7 +38,15 @@ def pass_through(world: World, source: Path, target: Path, dtype: torch.dtype) -
         for parameter in chunk.parameters():
             torch.nn.init.constant_(parameter, float("nan"))  # what is not loaded shows
     load_weights(chunks, folder, world)
-    export_weights(chunks, world, target, source=source, dtype=dtype, provenance={"source": "pico"})
+    export_weights(
+        whole_weights(chunks, world),
+        folder.config,
+        world,
+        target,
+        source=source,
+        dtype=dtype,
+        provenance={"source": "pico"},
+    )
     padding = {}
     for chunk in chunks:
         for holder in holders(chunk):
