@@ -8,10 +8,12 @@ TORCH_LIBRARY(megatron_jam, library) {
   library.def(
       "guided_sample(Tensor cond, Tensor? uncond, Tensor guidance_scale, Tensor temperature, "
       "Tensor top_p, Tensor? legal, Tensor seed, Tensor offset) -> Tensor");
+  library.def("weighted_average(Tensor a, Tensor b, float share) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(megatron_jam, CPU, library) {
   library.impl("guided_sample", &jam::guided_sample_cpu);
+  library.impl("weighted_average", &jam::weighted_average_cpu);
 }
 
 #ifdef MEGATRON_JAM_CUDA

@@ -24,5 +24,6 @@ at::Tensor guided_sample_cuda(const at::Tensor& cond, const std::optional<at::Te
 // Functions on numpy arrays of the extension module.
 void bind_cm3(pybind11::module_& module);
 void bind_packing(pybind11::module_& module);
+at::Tensor weighted_average_cpu(const at::Tensor& a, const at::Tensor& b, double share);
 
 }  // namespace jam

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
-
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.log import logger
 from megatron_jam.config.model import IMAGE, TEXT, ModelConfig
@@ -83,33 +81,44 @@ class Fusion:
             UsageError: a parent changed meanwhile, or the child is not what the recipe says;
                 nothing is written.
         """
-        parents, recipe, plan = self.parents, self.parents.recipe, self.parents.plan
-        text, image = parents.folders[TEXT], parents.folders[IMAGE]
-        table = parameter_table(parents.config)
-        compute = METHODS[recipe.method][1]
-        dtype = torch.promote_types(text.dtype, image.dtype)
-        with FolderWriter(
-            recipe.output,
-            config=parents.config,
-            source={**tokenizer_files(plan.source), PLAN_FILE: plan.as_tsv().encode()},
-            shapes={entry.name: entry.shape for entry in table},
-            dtype=dtype,
-        ) as writer:
-            for entry in table:
-                blocks = compute(entry, parents)
-                if blocks.stored is not None and blocks.rows(0, 0).dtype == dtype:
-                    writer.copy(entry.name, blocks.stored)
-                else:
-                    writer.write_blocks(entry.name, blocks)
-            for folder in parents.folders.values():
-                folder.unchanged.check()
-            child = writer.complete(self._provenance())
-            certificate = certify_fusion(child, parents.folders, recipe, model_logits)
-            writer.finish({**self._provenance(), "certificate": certificate})
-        logger.info("wrote %s", recipe.output)
+        parents, provenance = self.parents, self.provenance()
+        with self.writer() as writer:
+            self.stream(writer)
+            child = writer.complete(provenance)
+            certificate = certify_fusion(child, parents.folders, parents.recipe, model_logits)
+            writer.finish({**provenance, "certificate": certificate})
+        logger.info("wrote %s", parents.recipe.output)
         return certificate
 
-    def _provenance(self) -> dict[str, Any]:
+    def writer(self) -> FolderWriter:
+        """Of the child's folder."""
+        parents, plan = self.parents, self.parents.plan
+        return FolderWriter(
+            parents.recipe.output,
+            config=parents.config,
+            source={**tokenizer_files(plan.source), PLAN_FILE: plan.as_tsv().encode()},
+            shapes={entry.name: entry.shape for entry in parameter_table(parents.config)},
+            dtype=parents.dtype,
+        )
+
+    def stream(self, writer: FolderWriter) -> None:
+        """Write every tensor: parents' own as they lie, others some rows at a time.
+
+        Raises:
+            UsageError: a parent changed meanwhile.
+        """
+        compute = METHODS[self.parents.recipe.method][1]
+        for entry in parameter_table(self.parents.config):
+            blocks = compute(entry, self.parents)
+            if blocks.stored is not None and blocks.rows(0, 0).dtype == self.parents.dtype:
+                writer.copy(entry.name, blocks.stored)
+            else:
+                writer.write_blocks(entry.name, blocks)
+        for folder in self.parents.folders.values():
+            folder.unchanged.check()
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the child comes from, for provenance.json."""
         parents = self.parents
         settings = {k: v for k, v in dataclasses.asdict(parents.recipe).items() if k != "output"}
         return {

@@ -31,6 +31,12 @@ class Parents:
     recipe: FusionRecipe
     """How it is made."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The child's: it holds both parents' numbers."""
+        text, image = (folder.dtype for folder in self.folders.values())
+        return torch.promote_types(text, image)
+
     def has(self, tower: str, name: str) -> bool:
         """Whether a parent has a tensor of this name."""
         return name in self.folders[tower].names

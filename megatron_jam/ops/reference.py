@@ -119,3 +119,11 @@ def philox_uniform(seed: int, offset: int, round_: int) -> float:
         x2, x3 = product0 >> 32 ^ x3 ^ key1, product0 & mask
         key0, key1 = key0 + 0x9E3779B9 & mask, key1 + 0xBB67AE85 & mask
     return ((x1 << 32 | x0) >> 11) * 2.0**-53
+
+
+def weighted_average(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """share * a + (1 - share) * b of one dtype, in fp32 for 16 bits and in fp64 for more."""
+    exact = torch.float32 if a.dtype.itemsize == 2 else torch.float64
+    weights = (torch.tensor(each, dtype=exact) for each in (share, 1 - share))
+    of_a, of_b = (x.to(exact) * weight for x, weight in zip((a, b), weights, strict=True))
+    return (of_a + of_b).to(a.dtype)

@@ -1,0 +1,219 @@
+"""Fusion over mergekit and over `cp`, on two parents of 1 GB in bf16 that are made on the spot.
+
+Needs mergekit 0.1.4 in the environment, which wants another version of some packages than the tests
+do: give it an environment of its own, with this project's dependencies. Certificates are not
+timed, hashes are; a fusion hashes on a second core.
+"""
+
+import multiprocessing
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import torch
+from immutables import Map
+from mergekit.architecture import WeightInfo
+from mergekit.common import ImmutableMap, ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.merge_methods.linear import LinearMergeTask
+from mergekit.options import MergeOptions
+
+from benchmarks.convert import anonymous_bytes
+from benchmarks.timing import Run, row, speed_over
+from megatron_jam.config.cli import run_command
+from megatron_jam.config.fusion import FusionRecipe
+from megatron_jam.config.model import ModelConfig, TowerConfig
+from megatron_jam.fusion.blocks import average, held
+from megatron_jam.fusion.fuse import Fusion
+from megatron_jam.models.parameters import num_parameters, parameter_table
+from megatron_jam.tokenizers.text import TOKENIZER_FILE, TextTokenizer
+from megatron_jam.tokenizers.vocabulary import VOCABULARY_FILE, JointVocabulary
+from megatron_jam.weights.folder import FolderWriter
+from megatron_jam.weights.hf_export import export_hugging_face
+
+ELEMENTS = 16_800_000
+WIDTH, FFN, TEXT_IDS = 2048, 5504, 20_000
+ALLOWED = 100e6
+PAUSE_SECONDS = 0.002
+PARENTS = ("text", "image")
+
+
+def main(
+    *,
+    gigabytes: float = 1.0,
+    pairs: int = 7,
+    folder: Path = Path("/dev/shm"),
+    json: bool = False,
+) -> None:
+    """Measure the computation, a whole uniform fusion, width and cross, and the memory of all.
+
+    Args:
+        gigabytes: size of a parent, in 1e9 bytes.
+        pairs: how often each is measured; the end-to-end rows at most 5 times.
+        folder: where the parents are made and removed again; in memory, or the disk is measured.
+        json: one line of JSON a row (name, ratio, spread) in place of text.
+    """
+    torch.set_num_threads(1)
+    speed_over("average over mergekit's LinearMergeTask", *computations(), pairs=pairs).print(
+        as_json=json
+    )
+    few = min(pairs, 5)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        root = Path(name)
+        config = parents(root, gigabytes * 1e9)
+        ours = fused(root, method="uniform")
+        speed_over("uniform over mergekit-yaml", ours, merged(root), pairs=few).print(as_json=json)
+        for settings in (
+            {"method": "uniform"},
+            {"method": "width", "fill": "copy"},
+            {"method": "width", "fill": "average"},
+            {"method": "width", "fill": "diagonal"},
+            {"method": "cross"},
+            {"method": "cross", "tables": "per_tower", "head": "wide"},
+        ):
+            told = " ".join(settings.values())
+            ours = fused(root, **settings)
+            ours()
+            speed_over(f"{told} over cp", ours, copied(root), pairs=few).print(as_json=json)
+            allowed = 0.05 * 2 * 2 * num_parameters(config) + ALLOWED
+            found = [peak_memory(root, settings) / allowed for _ in range(2)]
+            row(f"{told}: peak memory over the allowed", found).print(as_json=json)
+
+
+def computations() -> tuple[Run, Run]:
+    """Both averages of two tensors, ours and mergekit's."""
+    a, b = (torch.randn(ELEMENTS // 2100, 2100).bfloat16() for _ in range(2))
+    references = [ModelReference.parse(name) for name in PARENTS]
+    task = LinearMergeTask.model_construct(
+        gather_tensors=None,
+        tensor_parameters=ImmutableMap({r: Map({"weight": 0.5}) for r in references}),
+        normalize=True,
+        weight_info=WeightInfo(name="layer.weight"),
+    )
+    tensors = dict(zip(references, (a, b), strict=True))
+
+    def ours() -> None:
+        for _ in average(held(a), held(b), 0.5):
+            pass
+
+    return ours, lambda: task.execute(tensors)
+
+
+def parents(root: Path, num_bytes: float) -> ModelConfig:
+    """Two Llamas as weights folders and as Hugging Face's."""
+    source = root / "tokenizer"
+    TextTokenizer.train(["a b c"], vocab_size=300).save(source / TOKENIZER_FILE)
+    vocabulary = JointVocabulary.build(text_size=TEXT_IDS, num_image_codes=16, num_sentinels=14)
+    vocabulary.save(source / VOCABULARY_FILE)
+    config = llama(vocabulary.size, 1)
+    per_layer = 2 * (num_parameters(llama(vocabulary.size, 2)) - num_parameters(config))
+    config = llama(vocabulary.size, round((num_bytes - 2 * num_parameters(config)) / per_layer) + 1)
+    shapes = {entry.name: entry.shape for entry in parameter_table(config)}
+    for seed, name in enumerate(PARENTS):
+        generator = torch.Generator().manual_seed(seed)
+        with FolderWriter(
+            root / name, config=config, source=source, shapes=shapes, dtype=torch.bfloat16
+        ) as writer:
+            for each, shape in shapes.items():
+                writer.write(each, torch.randn(shape, generator=generator) * 0.02)
+            writer.finish({"made_by": "benchmarks/fuse.py"})
+        export_hugging_face(root / name, root / f"hf_{name}")
+    return config
+
+
+def llama(vocabulary: int, layers: int) -> ModelConfig:
+    """A Llama of some layers."""
+    tower = TowerConfig(
+        num_layers=layers,
+        hidden_size=WIDTH,
+        num_heads=16,
+        ffn_size=FFN,
+        norm="rms",
+        affine_norm=True,
+        positions="rope",
+        activation="silu",
+        gated=True,
+    )
+    return ModelConfig(towers={"main": tower}, vocab_size=vocabulary, max_positions=2048)
+
+
+def fused(root: Path, **settings: Any) -> Run:
+    """A fusion of the parents, without its certificate."""
+    shutil.rmtree(root / "child", ignore_errors=True)
+    recipe = FusionRecipe(
+        text=root / "text", image=root / "image", output=root / "child", **settings
+    )
+
+    def run() -> None:
+        shutil.rmtree(root / "child", ignore_errors=True)
+        fusion = Fusion.plan(recipe)
+        with fusion.writer() as writer:
+            fusion.stream(writer)
+            writer.finish(fusion.provenance())
+
+    return run
+
+
+def merged(root: Path) -> Run:
+    """mergekit-yaml's linear merge of the same parents."""
+    models = [
+        {"model": str(root / f"hf_{name}"), "parameters": {"weight": 0.5}} for name in PARENTS
+    ]
+    config = MergeConfiguration.model_validate(
+        {"merge_method": "linear", "models": models, "dtype": "bfloat16"}
+    )
+    options = MergeOptions(copy_tokenizer=False, lazy_unpickle=True, quiet=True)
+
+    def run() -> None:
+        shutil.rmtree(root / "merged", ignore_errors=True)
+        run_merge(config, str(root / "merged"), options=options)
+
+    return run
+
+
+def copied(root: Path) -> Run:
+    """`cp` of the bytes that the fusion wrote."""
+
+    def run() -> None:
+        shutil.rmtree(root / "copy", ignore_errors=True)
+        subprocess.run(["cp", "-r", root / "child", root / "copy"], check=True)
+
+    return run
+
+
+def peak_memory(root: Path, settings: dict[str, Any]) -> float:
+    """Anonymous memory of a fusion above that of its interpreter, in bytes."""
+    context = multiprocessing.get_context("spawn")
+    found: SimpleQueue[float] = context.SimpleQueue()
+    process = context.Process(target=_watch, args=(root, settings, found))
+    process.start()
+    process.join()
+    return found.get()
+
+
+def _watch(root: Path, settings: dict[str, Any], found: "SimpleQueue[float]") -> None:
+    run, pid, peak = fused(root, **settings), multiprocessing.current_process().pid, [0.0]
+    assert pid is not None
+    idle, done = anonymous_bytes(pid), threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], anonymous_bytes(pid))
+            time.sleep(PAUSE_SECONDS)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    found.put(peak[0] - idle)
+
+
+if __name__ == "__main__":
+    run_command(main)
