@@ -11,7 +11,7 @@ from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.generation.documents import Illustrator, write_documents
 from megatron_jam.parallel.device import DTYPES
 from megatron_jam.parallel.world import start_world, stop_world
-from megatron_jam.tokenizers.image import ImageTokenizer
+from megatron_jam.tokenizers.image_folder import load_image_tokenizer
 from megatron_jam.weights.folder import WeightsFolder
 
 
@@ -53,7 +53,7 @@ def main(
     }
     if not any(asked.values()):
         raise UsageError("nothing to write: give --questions, --captions or a file of them")
-    folder, images = WeightsFolder(Path(weights)), ImageTokenizer.load(image_tokenizer)
+    folder, images = WeightsFolder(Path(weights)), load_image_tokenizer(image_tokenizer)
     world = start_world(parallel)
     try:
         if world.data.size > 1:

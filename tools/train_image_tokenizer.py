@@ -18,12 +18,8 @@ from megatron_jam.data.prepare.readers import read_records
 from megatron_jam.data.prepare.records import fields_of
 from megatron_jam.data.prepare.sheet import COLUMNS, contact_sheet
 from megatron_jam.parallel.device import select_device
-from megatron_jam.tokenizers.image import (
-    ImageTokenizer,
-    ImageTokenizerConfig,
-    check_output,
-    pixels_from_levels,
-)
+from megatron_jam.tokenizers.image import check_output, pixels_from_levels
+from megatron_jam.tokenizers.vq import VqConfig, VqTokenizer
 from megatron_jam.training.image_tokenizer import train_image_tokenizer
 
 ROWS = 4  # of reconstructions.png, for each set of pictures
@@ -63,7 +59,7 @@ def main(
         learning_rate: peak of AdamW's rate.
         seed: the initial weights, the order of the pictures and the codebook depend on it.
     """
-    config = ImageTokenizerConfig(
+    config = VqConfig(
         image_size=image_size,
         patch_size=patch_size,
         channels=channels,
@@ -92,7 +88,7 @@ def main(
     write_text_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
-def show(model: ImageTokenizer, sets: dict[str, Tensor], path: Path) -> dict[str, dict[str, float]]:
+def show(model: VqTokenizer, sets: dict[str, Tensor], path: Path) -> dict[str, dict[str, float]]:
     """Draw pictures of each set beside their reconstructions to `path`; the sets' metrics."""
     originals = torch.cat(list(sets.values()))
     codes = encode(model, originals)
@@ -114,7 +110,7 @@ def read_pictures(path: str, size: int) -> Tensor:
     return pixels_from_levels(np.stack(list(found)))
 
 
-def encode(model: ImageTokenizer, pixels: Tensor) -> Tensor:
+def encode(model: VqTokenizer, pixels: Tensor) -> Tensor:
     """Codes [N, tokens_per_image] on the model's device."""
     device = model.codebook.device
     return torch.cat([model.encode(part.to(device)) for part in pixels.split(BATCH)])

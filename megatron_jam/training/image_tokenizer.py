@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.log import logger
-from megatron_jam.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from megatron_jam.tokenizers.vq import VqConfig, VqTokenizer
 
 ABSOLUTE_WEIGHT = 0.1  # of the mean absolute error beside the mean squared one
 COMMITMENT_WEIGHT = 0.125
@@ -57,14 +57,14 @@ class ImageTrainingRecord:
 
 def train_image_tokenizer(
     images: Tensor,
-    config: ImageTokenizerConfig,
+    config: VqConfig,
     *,
     steps: int,
     batch_size: int,
     learning_rate: float,
     seed: int,
     device: torch.device | str,
-) -> tuple[ImageTokenizer, list[ImageTrainingRecord]]:
+) -> tuple[VqTokenizer, list[ImageTrainingRecord]]:
     """Train on `images`: uint8 [N, 3, H, W], or float of [-1, 1].
 
     On a CPU the result is a pure function of the arguments; a GPU's sums vary in their last bits.
@@ -78,7 +78,7 @@ def train_image_tokenizer(
     _check(len(images), steps=steps, batch_size=batch_size, learning_rate=learning_rate)
     pixels = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
     pixels = pixels.to(device)
-    tokenizer = ImageTokenizer(config, seed=seed).to(device).train()
+    tokenizer = VqTokenizer(config, seed=seed).to(device).train()
     optimizer = torch.optim.AdamW(
         tokenizer.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, foreach=True
     )
@@ -124,7 +124,7 @@ def _check(num_images: int, *, steps: int, batch_size: int, learning_rate: float
 
 
 def _train_step(
-    tokenizer: ImageTokenizer,
+    tokenizer: VqTokenizer,
     optimizer: torch.optim.Optimizer,
     codebook: "_MovingCodebook | None",
     batch: Tensor,
@@ -153,7 +153,7 @@ class _MovingCodebook:
 
     @torch.no_grad()
     def __init__(
-        self, tokenizer: ImageTokenizer, pixels: Tensor, *, batch_size: int, seed: int
+        self, tokenizer: VqTokenizer, pixels: Tensor, *, batch_size: int, seed: int
     ) -> None:
         """Start the codebook from k-means of the features of a choice of `pixels`."""
         self.tokenizer = tokenizer

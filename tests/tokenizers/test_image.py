@@ -7,21 +7,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.tokenizers.image import (
-    ImageTokenizer,
-    ImageTokenizerConfig,
-    image_from_pixels,
-    pixels_from_image,
-)
+from megatron_jam.tokenizers.image import image_from_pixels, pixels_from_image
+from megatron_jam.tokenizers.image_folder import load_image_tokenizer
+from megatron_jam.tokenizers.vq import VqConfig, VqTokenizer
 
-CONFIG = ImageTokenizerConfig(
-    image_size=32, patch_size=2, channels=(8, 16), num_codes=40, code_dim=6
-)
+CONFIG = VqConfig(image_size=32, patch_size=2, channels=(8, 16), num_codes=40, code_dim=6)
 
 
 @pytest.fixture
-def tokenizer() -> ImageTokenizer:
-    return ImageTokenizer(CONFIG, seed=3).eval()
+def tokenizer() -> VqTokenizer:
+    return VqTokenizer(CONFIG, seed=3).eval()
 
 
 @pytest.fixture
@@ -29,7 +24,7 @@ def pixels() -> torch.Tensor:
     return torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_shapes_and_ranges(tokenizer: ImageTokenizer, pixels: torch.Tensor) -> None:
+def test_shapes_and_ranges(tokenizer: VqTokenizer, pixels: torch.Tensor) -> None:
     assert (tokenizer.num_codes, tokenizer.tokens_per_image, tokenizer.image_size) == (40, 64, 32)
     codes = tokenizer.encode(pixels)
     assert codes.shape == (5, 64)
@@ -48,14 +43,14 @@ def test_shapes_and_ranges(tokenizer: ImageTokenizer, pixels: torch.Tensor) -> N
 def test_downsampling_is_patch_size_and_levels(
     channels: tuple[int, ...], patch_size: int, tokens: int
 ) -> None:
-    config = ImageTokenizerConfig(image_size=32, patch_size=patch_size, channels=channels)
-    tokenizer = ImageTokenizer(config)
+    config = VqConfig(image_size=32, patch_size=patch_size, channels=channels)
+    tokenizer = VqTokenizer(config)
     codes = tokenizer.encode(torch.zeros(2, 3, 32, 32))
     assert codes.shape == (2, tokens)
     assert tokenizer.decode(codes).shape == (2, 3, 32, 32)
 
 
-def test_codes_do_not_depend_on_the_batch(tokenizer: ImageTokenizer, pixels: torch.Tensor) -> None:
+def test_codes_do_not_depend_on_the_batch(tokenizer: VqTokenizer, pixels: torch.Tensor) -> None:
     codes = tokenizer.encode(pixels)
     alone = torch.cat([tokenizer.encode(pixels[i : i + 1]) for i in range(5)])
     assert torch.equal(codes, alone)
@@ -63,7 +58,7 @@ def test_codes_do_not_depend_on_the_batch(tokenizer: ImageTokenizer, pixels: tor
     assert torch.equal(tokenizer.encode(pixels.flip(0)), codes.flip(0))
 
 
-def test_a_code_sits_where_its_square_is(tokenizer: ImageTokenizer) -> None:
+def test_a_code_sits_where_its_square_is(tokenizer: VqTokenizer) -> None:
     # A square of 4 x 4 pixels in the grid's row 5, column 2; the rest is white.
     white = torch.ones(1, 3, 32, 32)
     black_square = white.clone()
@@ -81,14 +76,14 @@ def test_a_code_sits_where_its_square_is(tokenizer: ImageTokenizer) -> None:
 def test_weights_depend_on_the_seed_alone() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first, again, other = (ImageTokenizer(CONFIG, seed=seed).state_dict() for seed in (7, 7, 8))
+    first, again, other = (VqTokenizer(CONFIG, seed=seed).state_dict() for seed in (7, 7, 8))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["codebook"], other["codebook"])
     assert not torch.equal(first["encoder.1.weight"], other["encoder.1.weight"])
 
 
-def test_gradient_goes_straight_through(tokenizer: ImageTokenizer, pixels: torch.Tensor) -> None:
+def test_gradient_goes_straight_through(tokenizer: VqTokenizer, pixels: torch.Tensor) -> None:
     features = tokenizer.features(pixels)
     features.retain_grad()
     vectors = tokenizer.quantize(features, tokenizer.nearest_codes(features.detach()))
@@ -100,19 +95,19 @@ def test_gradient_goes_straight_through(tokenizer: ImageTokenizer, pixels: torch
     torch.testing.assert_close(features.detach().norm(dim=-1), torch.ones(5, 64))
 
 
-def test_nearest_code_is_the_nearest_by_distance(tokenizer: ImageTokenizer) -> None:
+def test_nearest_code_is_the_nearest_by_distance(tokenizer: VqTokenizer) -> None:
     features = torch.nn.functional.normalize(torch.randn(50, 6), dim=-1)
     expected = torch.cdist(features, tokenizer.codebook).argmin(dim=-1)
     assert torch.equal(tokenizer.nearest_codes(features), expected)
 
 
-def test_save_and_load(tokenizer: ImageTokenizer, pixels: torch.Tensor, tmp_path) -> None:
+def test_save_and_load(tokenizer: VqTokenizer, pixels: torch.Tensor, tmp_path) -> None:
     folder = tmp_path / "deep" / "tokenizer"
-    ImageTokenizer(CONFIG, seed=9).save(folder)
+    VqTokenizer(CONFIG, seed=9).save(folder)
     tokenizer.save(folder)  # replaces the former whole
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert [path.name for path in folder.parent.iterdir()] == ["tokenizer"]
-    loaded = ImageTokenizer.load(folder)
+    loaded = load_image_tokenizer(folder)
     assert loaded.config == CONFIG
     assert not loaded.training
     codes = tokenizer.encode(pixels)
@@ -120,7 +115,7 @@ def test_save_and_load(tokenizer: ImageTokenizer, pixels: torch.Tensor, tmp_path
     assert torch.equal(loaded.decode(codes), tokenizer.decode(codes))
 
 
-def test_save_replaces_no_other_folder(tokenizer: ImageTokenizer, tmp_path) -> None:
+def test_save_replaces_no_other_folder(tokenizer: VqTokenizer, tmp_path) -> None:
     (tmp_path / "letters.txt").write_text("dear")
     with pytest.raises(UsageError, match=r"not replaced, as it has files but no model.safetensors"):
         tokenizer.save(tmp_path)
@@ -131,20 +126,20 @@ def test_save_replaces_no_other_folder(tokenizer: ImageTokenizer, tmp_path) -> N
     assert (tmp_path / "letters.txt").read_text() == "dear"
 
 
-def test_sha256_is_of_what_makes_the_codes(tokenizer: ImageTokenizer, tmp_path) -> None:
+def test_sha256_is_of_what_makes_the_codes(tokenizer: VqTokenizer, tmp_path) -> None:
     tokenizer.save(tmp_path / "tokenizer")
-    assert ImageTokenizer.load(tmp_path / "tokenizer").sha256 == tokenizer.sha256
-    assert ImageTokenizer(CONFIG, seed=3).sha256 == tokenizer.sha256
-    strided = ImageTokenizer(CONFIG, seed=3).to(memory_format=torch.contiguous_format)
+    assert load_image_tokenizer(tmp_path / "tokenizer").sha256 == tokenizer.sha256
+    assert VqTokenizer(CONFIG, seed=3).sha256 == tokenizer.sha256
+    strided = VqTokenizer(CONFIG, seed=3).to(memory_format=torch.contiguous_format)
     assert strided.sha256 == tokenizer.sha256
-    others = [ImageTokenizer(CONFIG, seed=4), ImageTokenizer(CONFIG, seed=3)]
+    others = [VqTokenizer(CONFIG, seed=4), VqTokenizer(CONFIG, seed=3)]
     others[1].codebook[0, 0] += 1e-6
     assert len({tokenizer.sha256, *(each.sha256 for each in others)}) == 3
 
 
-def test_load_names_what_is_wrong(tokenizer: ImageTokenizer, tmp_path) -> None:
+def test_load_names_what_is_wrong(tokenizer: VqTokenizer, tmp_path) -> None:
     with pytest.raises(UsageError, match=r"nowhere is no image tokenizer, it has no config.json"):
-        ImageTokenizer.load(tmp_path / "nowhere")
+        load_image_tokenizer(tmp_path / "nowhere")
     folder = tmp_path / "tokenizer"
     tokenizer.save(folder)
     good = json.loads((folder / "config.json").read_text())
@@ -152,7 +147,7 @@ def test_load_names_what_is_wrong(tokenizer: ImageTokenizer, tmp_path) -> None:
     def fails(text: str, match: str) -> None:
         (folder / "config.json").write_text(text)
         with pytest.raises(UsageError, match=match) as caught:
-            ImageTokenizer.load(folder)
+            load_image_tokenizer(folder)
         assert str(folder) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -167,13 +162,13 @@ def test_load_names_what_is_wrong(tokenizer: ImageTokenizer, tmp_path) -> None:
     weights = folder / "model.safetensors"
     save_file({**load_file(weights), "extra": torch.zeros(1)}, weights)
     with pytest.raises(UsageError, match=r"model.safetensors does not fit .*extra"):
-        ImageTokenizer.load(folder)
+        load_image_tokenizer(folder)
     weights.write_bytes(b"not safetensors")
     with pytest.raises(UsageError, match=r"model.safetensors does not fit"):
-        ImageTokenizer.load(folder)
+        load_image_tokenizer(folder)
     weights.unlink()
     with pytest.raises(UsageError, match=r"no model.safetensors"):
-        ImageTokenizer.load(folder)
+        load_image_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
@@ -188,10 +183,10 @@ def test_load_names_what_is_wrong(tokenizer: ImageTokenizer, tmp_path) -> None:
 )
 def test_config_refuses(settings: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        ImageTokenizerConfig(**settings)
+        VqConfig(**settings)
 
 
-def test_wrong_shapes_and_codes_are_refused(tokenizer: ImageTokenizer) -> None:
+def test_wrong_shapes_and_codes_are_refused(tokenizer: VqTokenizer) -> None:
     with pytest.raises(ValueError, match="pixels must be"):
         tokenizer.encode(torch.zeros(1, 3, 32, 16))
     with pytest.raises(ValueError, match="codes must be"):

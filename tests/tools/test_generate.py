@@ -11,7 +11,8 @@ from PIL import Image
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.generation import SamplingConfig
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from megatron_jam.tokenizers.image_folder import load_image_tokenizer
+from megatron_jam.tokenizers.vq import VqConfig, VqTokenizer
 from megatron_jam.weights.folder import PROVENANCE
 from tests.generation.scenes import talkative_folder
 from tools.generate import main
@@ -27,11 +28,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(talkative_folder(root / "weights", "cross")), str(root / "images")
 
 
-def image_tokenizer(*, size: int = 8, num_codes: int = 16, seed: int = 0) -> ImageTokenizer:
-    config = ImageTokenizerConfig(
-        image_size=size, patch_size=4, channels=(4,), num_codes=num_codes, code_dim=4
-    )
-    return ImageTokenizer(config, seed=seed)
+def image_tokenizer(*, size: int = 8, num_codes: int = 16, seed: int = 0) -> VqTokenizer:
+    config = VqConfig(image_size=size, patch_size=4, channels=(4,), num_codes=num_codes, code_dim=4)
+    return VqTokenizer(config, seed=seed)
 
 
 def test_questions_and_captions_become_a_page(inputs: tuple[str, str], tmp_path: Path) -> None:
@@ -102,7 +101,7 @@ def test_only_the_image_tokenizer_of_the_training_draws(
     shutil.copytree(inputs[0], weights)
     provenance = json.loads((weights / PROVENANCE).read_text())
     options = {"captions": ["a fox"], "sampling": SAMPLING}
-    for trained_with in ("", ImageTokenizer.load(images).sha256):
+    for trained_with in ("", load_image_tokenizer(images).sha256):
         fields = {**provenance, "image_tokenizer_sha256": trained_with}
         (weights / PROVENANCE).write_text(json.dumps(fields))
         main(str(weights), images, str(tmp_path / "out"), **options)

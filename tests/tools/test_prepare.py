@@ -13,8 +13,10 @@ from megatron_jam.data.indexed import open_set
 from megatron_jam.data.prepare.readers import read_records
 from megatron_jam.data.prepare.text import load_text_folder
 from megatron_jam.tokenizers.document import answer_mask, split_document
-from megatron_jam.tokenizers.image import ImageTokenizer, ImageTokenizerConfig, pixels_from_image
+from megatron_jam.tokenizers.image import pixels_from_image
+from megatron_jam.tokenizers.image_folder import load_image_tokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.tokenizers.vq import VqConfig, VqTokenizer
 
 TOOLS = Path(__file__).parents[2] / "tools"
 COLOURS = {"cherry": "darkred", "lemon": "yellow", "lime": "lightgreen"}
@@ -80,8 +82,8 @@ def world(tmp_path):
     for key, caption in CAPTIONS.items():
         files |= {f"{key}.png": png(key), f"{key}.txt": caption.encode(), f"{key}.json": b"{}"}
     write_tar(tmp_path / "pairs.tar", files)
-    config = ImageTokenizerConfig(image_size=16, channels=(8,), num_blocks=1, num_codes=32)
-    ImageTokenizer(config).save(tmp_path / "image")
+    config = VqConfig(image_size=16, channels=(8,), num_blocks=1, num_codes=32)
+    VqTokenizer(config).save(tmp_path / "image")
     inputs = ",".join(str(tmp_path / n) for n in ("text.jsonl", "questions.jsonl", "pairs.tar"))
     run_tool(
         *("train_text_tokenizer", f"[{inputs}]", tmp_path / "text_tokenizer"),
@@ -98,7 +100,7 @@ def opened(world, name):
 
 
 def codes_of(world, key):
-    tokenizer = ImageTokenizer.load(world / "image")
+    tokenizer = load_image_tokenizer(world / "image")
     return tokenizer.encode(pixels_from_image(picture(key), 16)[None])[0].tolist()
 
 
@@ -135,7 +137,7 @@ def test_prepare_images(world, batch_size):
     )
     info, documents, tokenizer, vocabulary = opened(world, "pairs")
     assert info.kind == "pairs"
-    assert info.image_tokenizer_sha256 == ImageTokenizer.load(world / "image").sha256
+    assert info.image_tokenizer_sha256 == load_image_tokenizer(world / "image").sha256
     assert info.tokens_by_modality["image"] == 3 * 16
     assert info.tokens_by_modality["special"] == 3 * 3
     for key, document in zip(CAPTIONS, documents, strict=True):
@@ -154,7 +156,7 @@ def test_prepare_interleaved(world):
     )
     info, documents, tokenizer, vocabulary = opened(world, "questions")
     assert info.kind == "interleaved"
-    assert info.image_tokenizer_sha256 == ImageTokenizer.load(world / "image").sha256
+    assert info.image_tokenizer_sha256 == load_image_tokenizer(world / "image").sha256
     assert shown(vocabulary, tokenizer, documents[0]) == [
         ("text", "what is a lemon?"),
         ("text", "a sour fruit,\nlike this:"),

@@ -10,11 +10,13 @@ from PIL import Image, ImageDraw
 
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
-from megatron_jam.tokenizers.image import ImageTokenizer, ImageTokenizerConfig, pixels_from_image
+from megatron_jam.tokenizers.image import pixels_from_image
+from megatron_jam.tokenizers.image_folder import load_image_tokenizer
+from megatron_jam.tokenizers.vq import VqConfig, VqTokenizer
 from megatron_jam.training import image_tokenizer as training
 from megatron_jam.training.image_tokenizer import train_image_tokenizer
 
-CONFIG = ImageTokenizerConfig(image_size=32, channels=(16, 32), num_codes=64, code_dim=8)
+CONFIG = VqConfig(image_size=32, channels=(16, 32), num_codes=64, code_dim=8)
 SETTINGS = {"batch_size": 8, "learning_rate": 5e-3, "device": "cpu"}
 TOOL = Path(__file__).parents[2] / "tools" / "train_image_tokenizer.py"
 
@@ -74,7 +76,7 @@ def test_training_depends_on_the_seed_alone(images: torch.Tensor) -> None:
 
 
 def test_a_code_out_of_use_starts_again_at_a_feature(images: torch.Tensor) -> None:
-    tokenizer = ImageTokenizer(CONFIG)
+    tokenizer = VqTokenizer(CONFIG)
     codebook = training._MovingCodebook(tokenizer, images, batch_size=8, seed=0)
     features = tokenizer.features(images).flatten(0, 1).detach()
     far = -torch.nn.functional.normalize(features.mean(dim=0), dim=0)
@@ -110,7 +112,7 @@ def test_tool(tmp_path: Path) -> None:
     output = tmp_path / "tokenizer"
     options = ["--steps", "20", "--image_size", "32", "--channels", "[8,16]", "--num_codes", "32"]
     run_tool(tmp_path / "pairs.tar", output, "--validation", tmp_path / "heldout.tar", *options)
-    tokenizer = ImageTokenizer.load(output)
+    tokenizer = load_image_tokenizer(output)
     assert (tokenizer.image_size, tokenizer.num_codes) == (32, 32)
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["training"]["num_pictures"] == 16

@@ -17,6 +17,7 @@ from PIL import Image
 from megatron_jam.config.errors import UsageError
 from megatron_jam.data.prepare.records import BadRecord, Record
 from megatron_jam.tokenizers.image import ImageTokenizer, levels_from_image, pixels_from_levels
+from megatron_jam.tokenizers.image_folder import load_image_tokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 
 Picture = NDArray[np.uint8] | NDArray[np.int64]
@@ -180,7 +181,7 @@ class ImageEncoding:
                 range=vocabulary.image.size,
                 batch_size=config.batch_size,
             )
-        tokenizer = ImageTokenizer.load(name)
+        tokenizer = load_image_tokenizer(name)
         if tokenizer.num_codes != vocabulary.image.size:
             raise UsageError(
                 f"the image tokenizer has {tokenizer.num_codes} codes, the vocabulary "

@@ -95,6 +95,8 @@ _INERT_MODULES = {
     "numpy._core.multiarray": Inert,
     "metaseq.dataclass.constants": _Enum,
 }
+# Packages of which every name is: what a trainer keeps beside the weights.
+_INERT_PACKAGES = ("pytorch_lightning", "lightning")
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
@@ -125,6 +127,8 @@ class _Reader(pickle.Unpickler):
         if module == "builtins" and name in _BUILTINS:
             return _BUILTINS[name]
         found = _INERT_NAMES.get(whole, _INERT_MODULES.get(module))
+        if module.split(".")[0] in _INERT_PACKAGES:
+            found = Inert
         if found is None or "." in name:
             raise UsageError(
                 f"{self._owner.path} names {whole}, which no checkpoint of weights needs: it is"

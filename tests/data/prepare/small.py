@@ -19,9 +19,9 @@ from megatron_jam.data.prepare.pairs import PairJob
 from megatron_jam.data.prepare.pictures import EncodingConfig, ImageEncoding
 from megatron_jam.data.prepare.running import Run
 from megatron_jam.data.prepare.text import TextJob
-from megatron_jam.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.tokenizers.vq import VqConfig, VqTokenizer
 
 WORDS = ["a", "the", "cat", "\N{LEMON}", "sits", "</s>", "<break>", "<sentinel:0>"]
 NUM_CODES = 32
@@ -44,8 +44,8 @@ def text_tools() -> dict[str, object]:
 
 def image_folder(path: Path) -> Path:
     """An image tokenizer of 16 codes a picture of 16 x 16 pixels."""
-    config = ImageTokenizerConfig(image_size=16, channels=(8,), num_blocks=1, num_codes=NUM_CODES)
-    ImageTokenizer(config).save(path)
+    config = VqConfig(image_size=16, channels=(8,), num_blocks=1, num_codes=NUM_CODES)
+    VqTokenizer(config).save(path)
     return path
 
 
