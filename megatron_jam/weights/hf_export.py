@@ -22,7 +22,7 @@ from megatron_jam.config.log import logger
 from megatron_jam.config.model import MAIN
 from megatron_jam.models.parameters import Parameter, parameter_table
 from megatron_jam.weights.certificate import certify
-from megatron_jam.weights.folder import PROVENANCE, TOKENIZER, WeightsFolder
+from megatron_jam.weights.folder import PROVENANCE, WeightsFolder, tokenizer_files
 from megatron_jam.weights.hf_import import (
     VQ_MODEL,
     read_hugging_face,
@@ -141,8 +141,9 @@ def _shape(folder: WeightsFolder, entry: Parameter, kind: str) -> tuple[int, ...
 def _write_small_files(folder: WeightsFolder, settings: dict[str, Any], part: Path) -> None:
     write_json(part / "config.json", settings)
     write_json(part / "tokenizer_config.json", _tokenizer_settings())
-    with writing(part / TOKENIZER):
-        shutil.copyfile(folder.tokenizer_path, part / TOKENIZER)
+    for name, content in tokenizer_files(folder.path).items():
+        with writing(part / name):
+            (part / name).write_bytes(content)
     if settings["model_type"] != OWN:
         return
     for source, name in (("reference.py", "reference.py"), ("hf_modeling.py", "modeling_jam.py")):

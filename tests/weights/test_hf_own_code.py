@@ -163,7 +163,7 @@ def test_the_command_says_why(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "no OPT has norm_groups 2; no Llama has learned positions" in done.stderr
     assert "the folder brings its own code (trust_remote_code=True)" in done.stderr
-    done = tool("convert_hf", "import", "hf", "back", "--tokenizer", str(weights), cwd=tmp_path)
+    done = tool("convert_hf", "import", "hf", "back", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     back = WeightsFolder(tmp_path / "back")
     assert back.provenance["sha256"] == WeightsFolder(weights).provenance["sha256"]

@@ -342,6 +342,11 @@ def cut_positions(values: dict) -> dict:
     ("form", "change", "message"),
     [
         ({"parts": 2}, lambda v: [v], "part-1.*holds no `model`"),
+        (
+            {"shards": 3},
+            lambda v: {**v, "optimizer_history": [{"num_updates": 4}]},
+            "shard0.pt was saved after 3 updates and .*shard2.pt after 4",
+        ),
         ({"parts": 2}, cut_positions, "they are not parts of one checkpoint"),
         ({"shards": 2}, lambda v: {**v, "shard_metadata": {}}, "lacks flat_param_0|not what FSDP"),
         ({"shards": 2}, lambda v: {**v, "shard_metadata": [1]}, "shard_metadata is not what FSDP"),

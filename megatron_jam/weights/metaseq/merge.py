@@ -51,6 +51,12 @@ def read_parts(parts: Sequence[Sequence[Path]]) -> tuple[dict[str, Any], list[Wh
         if not isinstance(file.values, dict) or not isinstance(file.values.get("model"), dict):
             raise UsageError(f"{file.path} holds no `model`: it is no checkpoint of metaseq")
     first = read[0][0]
+    for file in (file for shards in read for file in shards):
+        if (own := _updates(file)) != (other := _updates(first)):
+            raise UsageError(
+                f"{first.path} was saved after {other} updates and {file.path} after {own}: they"
+                " are not of one checkpoint"
+            )
     try:
         settings = plain(first.values.get("cfg") or {"model": first.values.get("args") or {}})
     except RecursionError:
@@ -65,6 +71,13 @@ def read_parts(parts: Sequence[Sequence[Path]]) -> tuple[dict[str, Any], list[Wh
     for key in tensors[0]:
         wholes += _merge(key, [held[key] for held in tensors], names)
     return settings, wholes
+
+
+def _updates(file: TorchFile) -> Any:
+    """How many optimizer steps a file was saved after, if it says so."""
+    history = file.values.get("optimizer_history")
+    last = history[-1] if isinstance(history, list) and history else None
+    return last.get("num_updates") if isinstance(last, dict) else None
 
 
 def _whole_part(shards: Sequence[TorchFile]) -> dict[str, Lazy]:
