@@ -1,6 +1,8 @@
 """The batch scripts of examples/slurm, on stand-ins for Slurm's commands."""
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 import time
@@ -217,6 +219,35 @@ def test_a_dry_run_shows_command_and_settings(cluster: Cluster) -> None:
     assert "\nsteps: 10\n" in settings
     assert not cluster.output.exists()
     assert cluster.commands() == []
+
+
+@pytest.mark.parametrize(
+    ("script", "configs"),
+    [
+        ("alignment", ["alignment/cross"]),
+        ("instruction", ["instruction/with_pairs"]),
+        (
+            "ablations",
+            [
+                f"ablations/{name}"
+                for name in (
+                    *(f"cross_{bridges}" for bridges in ("none", "every1", "every2", "every4")),
+                    *(f"width_{kind}" for kind in ("copy", "average")),
+                )
+            ],
+        ),
+    ],
+)
+def test_scripts_name_configurations_that_fit_their_ranks(script: str, configs: list[str]) -> None:
+    text = (ROOT / f"examples/slurm/{script}.sbatch").read_text()
+    nodes, gpus = (
+        int(re.search(rf"--{option}=(\d+)", text).group(1)) for option in ("nodes", "gpus-per-node")
+    )
+    resolve = runpy.run_path(str(ROOT / "examples/slurm/resolve.py"))["resolve"]
+    for name in configs:
+        assert Path(name).name in text
+        config = resolve(nodes * gpus, ["--config", str(ROOT / f"examples/configs/{name}.yaml")])
+        assert str(config.output) == f"outputs/{name}"
 
 
 @pytest.mark.slow
