@@ -18,6 +18,7 @@ from megatron_jam.data.mix import mix_of
 from megatron_jam.parallel.device import DTYPES, peak_memory_bytes
 from megatron_jam.parallel.seeds import seed_step
 from megatron_jam.parallel.world import World
+from megatron_jam.training.best import BestCheckpoint
 from megatron_jam.training.build import build_engine, check_run, identity
 from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import Checkpoints, Keep
@@ -76,7 +77,9 @@ class Training:
         except StopRequested as reason:
             self._stop_poll.leave(reason, 0)
             raise
-        self._callbacks = [memory, Reporter(self.config, writes=world.rank == 0), *callbacks]
+        writes = world.rank == 0
+        best = BestCheckpoint(self.config.output, writes=writes)
+        self._callbacks = [memory, Reporter(self.config, writes=writes), best, *callbacks]
         self._saver = Saver(
             self.checkpoints, self._callbacks, asynchronous=config.async_checkpoints
         )
