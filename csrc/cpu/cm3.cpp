@@ -24,7 +24,7 @@ Cm3Scope scope_of(const std::string& name) {
 }
 
 Cm3 make(double mean_spans, int64_t max_spans, double mask_whole_caption, const std::string& scope,
-         int64_t pad, int64_t eos, int64_t break_, int64_t eoss, int64_t first_sentinel,
+         int32_t pad, int32_t eos, int32_t break_, int32_t eoss, int32_t first_sentinel,
          int8_t text, int8_t image, const Row<int8_t>& modality) {
   return Cm3({mean_spans, max_spans, mask_whole_caption, scope_of(scope)},
              {pad,
@@ -38,8 +38,7 @@ Cm3 make(double mean_spans, int64_t max_spans, double mask_whole_caption, const 
 }
 
 // (tokens, documents, dropped); the arrays that went in if nothing moves.
-template <typename Token>
-py::tuple transform(const Cm3& cm3, const Row<Token>& tokens, const Row<int32_t>& documents,
+py::tuple transform(const Cm3& cm3, const Row<int32_t>& tokens, const Row<int32_t>& documents,
                     int64_t seed, int64_t index) {
   const py::ssize_t length = tokens.size();
   if (tokens.ndim() != 1 || documents.ndim() != 1 || documents.size() != length) {
@@ -50,8 +49,7 @@ py::tuple transform(const Cm3& cm3, const Row<Token>& tokens, const Row<int32_t>
   if (std::none_of(pieces.begin(), pieces.end(), moves)) {
     return py::make_tuple(tokens, documents, 0);
   }
-  Row<int64_t> out_tokens(length);
-  Row<int32_t> out_documents(length);
+  Row<int32_t> out_tokens(length), out_documents(length);
   const int64_t dropped = cm3.carry_out(pieces, tokens.data(), documents.data(), length,
                                         out_tokens.mutable_data(), out_documents.mutable_data());
   return py::make_tuple(std::move(out_tokens), std::move(out_documents), dropped);
@@ -60,18 +58,13 @@ py::tuple transform(const Cm3& cm3, const Row<Token>& tokens, const Row<int32_t>
 }  // namespace
 
 void bind_cm3(py::module_& module) {
-  py::class_<Cm3> cm3(module, "Cm3");
-  cm3.def(py::init(&make), py::kw_only(), py::arg("mean_spans"), py::arg("max_spans"),
-          py::arg("mask_whole_caption"), py::arg("scope"), py::arg("pad"), py::arg("eos"),
-          py::arg("break_"), py::arg("eoss"), py::arg("first_sentinel"), py::arg("text"),
-          py::arg("image"), py::arg("modality"));
-  // One for each dtype of a set's file; no array is converted.
-  const auto define = [&cm3]<typename Token>(Token) {
-    cm3.def("__call__", &transform<Token>, py::arg("tokens").noconvert(),
-            py::arg("documents").noconvert(), py::arg("seed"), py::arg("index"));
-  };
-  define(uint16_t{}), define(int32_t{}), define(uint8_t{}), define(int64_t{}), define(int16_t{}),
-      define(int8_t{});
+  py::class_<Cm3>(module, "Cm3")
+      .def(py::init(&make), py::kw_only(), py::arg("mean_spans"), py::arg("max_spans"),
+           py::arg("mask_whole_caption"), py::arg("scope"), py::arg("pad"), py::arg("eos"),
+           py::arg("break_"), py::arg("eoss"), py::arg("first_sentinel"), py::arg("text"),
+           py::arg("image"), py::arg("modality"))
+      .def("__call__", &transform, py::arg("tokens").noconvert(), py::arg("documents").noconvert(),
+           py::arg("seed"), py::arg("index"));
 }
 
 }  // namespace jam

@@ -19,7 +19,7 @@ using Row = py::array_t<Item, py::array::c_style>;
 template <typename Token>
 py::tuple read(const Row<Token>& tokens, const Row<int64_t>& starts, const Row<uint32_t>& order,
                const Row<int64_t>& ends, int64_t start, int64_t stop, int64_t filled,
-               int32_t document, Row<Token>& out_tokens, Row<int32_t>& out_documents) {
+               int32_t document, Row<int32_t>& out_tokens, Row<int32_t>& out_documents) {
   const int64_t num_documents = order.size();
   if (ends.size() != num_documents || out_documents.size() != out_tokens.size() || start < 0 ||
       start > stop || stop > (num_documents ? ends.data()[num_documents - 1] : 0) || filled < 0 ||
@@ -28,7 +28,7 @@ py::tuple read(const Row<Token>& tokens, const Row<int64_t>& starts, const Row<u
   }
   const Stream<Token> stream{tokens.data(), starts.data(), order.data(), ends.data(),
                              num_documents};
-  Token* const to = out_tokens.mutable_data() + filled;
+  int32_t* const to = out_tokens.mutable_data() + filled;
   int32_t* const owners = out_documents.mutable_data() + filled;
   Filled result;
   {

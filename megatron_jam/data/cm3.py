@@ -8,7 +8,7 @@ from megatron_jam.data.sample import Block, Packing, Sample, sample_from_block, 
 from megatron_jam.ops.extension import Cm3
 from megatron_jam.tokenizers.vocabulary import IMAGE, TEXT, JointVocabulary
 
-Tokens = NDArray[np.int64]
+Tokens = NDArray[np.int32]
 
 
 class Cm3Transform:
@@ -37,8 +37,7 @@ class Cm3Transform:
         It is `block` itself if nothing moves. :func:`undo_cm3` is the inverse, without the
         `dropped` tokens at the end that had to make room.
         """
-        tokens, documents, dropped = self._transform(block.tokens, block.documents, seed, index)
-        return Block(tokens=tokens, documents=documents, dropped=dropped)
+        return Block._make(self._transform(block.tokens, block.documents, seed, index))
 
 
 def undo_cm3(block: Block, vocabulary: JointVocabulary, config: Cm3Config) -> Tokens:

@@ -38,7 +38,7 @@ from megatron_jam.data.sample import Block
 from megatron_jam.ops.reference import philox_uniform
 from megatron_jam.tokenizers.vocabulary import IMAGE, TEXT, JointVocabulary
 
-Tokens = NDArray[np.int64]
+Tokens = NDArray[np.integer]
 Spans = NDArray[np.int64]
 """[k, 2]: starts and ends (one past the last token), in order, disjoint."""
 

@@ -189,10 +189,10 @@ def collate(
 
     Isolated, a document's tokens count their own positions, and its first is not predicted.
     """
-    tokens = _stack([each.tokens for each in samples])
+    tokens = _stack([each.tokens for each in samples]).long()
     batch = {
         "tokens": tokens,
-        "labels": _stack([each.labels for each in samples]),
+        "labels": _stack([each.labels for each in samples]).long(),
         "loss_mask": _stack([each.loss_mask for each in samples]).float(),
         "positions": torch.arange(tokens.shape[1]).repeat(len(samples), 1),
         "sets": torch.tensor([each.dataset for each in samples]),

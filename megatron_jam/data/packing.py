@@ -42,7 +42,7 @@ class _Reader:
 
     def __call__(self, parts: Iterable[tuple[_Order, int, int]]) -> Block:
         """The tokens [start, stop) of each (order, start, stop) in a row, then padding."""
-        tokens = np.empty(self._size, dtype=self._documents.dtype)
+        tokens = np.empty(self._size, dtype=np.int32)
         documents = np.empty(self._size, dtype=np.int32)
         filled = number = 0
         for order, start, stop in parts:

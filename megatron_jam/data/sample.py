@@ -1,4 +1,4 @@
-"""What a model is given: samples, and what makes them."""
+"""What a model is given: samples, and what makes them. Ids are int32 until they become a batch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 class Sample(NamedTuple):
     """One row of a batch."""
 
-    tokens: NDArray[np.int64]
+    tokens: NDArray[np.int32]
     """What the model reads, [context_length]."""
 
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int32]
     """labels[i] is the token after tokens[i], [context_length]."""
 
     loss_mask: NDArray[np.bool_]
@@ -35,8 +35,8 @@ class Sample(NamedTuple):
 class Block(NamedTuple):
     """Documents in a row, or parts of them, before they become a sample."""
 
-    tokens: NDArray[np.integer]
-    """In the dtype of the set's file or int64, [context_length + 1]."""
+    tokens: NDArray[np.int32]
+    """[context_length + 1]."""
 
     documents: NDArray[np.int32]
     """Which of the block's documents each token is of, counted from 0, [context_length + 1];
@@ -51,7 +51,7 @@ class Block(NamedTuple):
         lengths = [len(each) for each in documents]
         padding = size - sum(lengths)
         return cls(
-            tokens=np.concatenate([*documents, np.full(padding, pad, dtype=np.int64)]),
+            tokens=np.concatenate([*documents, np.full(padding, pad)], dtype=np.int32),
             documents=np.repeat(np.arange(len(lengths) + 1, dtype=np.int32), [*lengths, padding]),
         )
 
@@ -89,12 +89,11 @@ def sample_from_block(
         pad: the id that never counts.
         counted: which tokens of the block count as labels, [context_length + 1]; default all.
     """
-    tokens = block.tokens.astype(np.int64, copy=False)
-    labels = tokens[1:]
+    labels = block.tokens[1:]
     loss_mask = labels != pad
     if counted is not None:
         loss_mask &= counted[1:]
-    return Sample(tokens[:-1], labels, loss_mask, block.documents, block.dropped, index)
+    return Sample(block.tokens[:-1], labels, loss_mask, block.documents, block.dropped, index)
 
 
 def sample_key(seed: tuple[int, ...]) -> int:

@@ -71,7 +71,7 @@ def test_samples_are_a_function_of_seed_and_index(sets, name):
     assert not all(equal(other.sample(i), samples[i]) for i in range(60))
     for sample in samples:
         assert sample.tokens.shape == sample.labels.shape == sample.loss_mask.shape == (N,)
-        assert sample.tokens.dtype == sample.labels.dtype == np.int64
+        assert sample.tokens.dtype == sample.labels.dtype == np.int32
         assert sample.loss_mask.dtype == bool
         assert sample.tokens[1:].tolist() == sample.labels[:-1].tolist()
         assert not sample.loss_mask[sample.labels == PAD].any()
@@ -243,7 +243,7 @@ def test_sets_of_unlike_dtypes_blend(tmp_path):
         for i in range(40):
             ours, theirs = narrow.sample(i), wide.sample(i)
             assert equal(ours, theirs)
-            assert ours.tokens.dtype == theirs.tokens.dtype == np.int64
+            assert ours.tokens.dtype == theirs.tokens.dtype == np.int32
     both = build(DataConfig(sets=[sets[0], dataclasses.replace(sets[1], name="other")]))
     assert {both.sample(i).dataset for i in range(10)} == {0, 1}
 

@@ -67,7 +67,7 @@ def test_a_row_that_begins_within_a_moved_span() -> None:
 def test_infill_is_what_cm3_moved(seed: int) -> None:
     """As many tokens are infill as spans have taken from their places."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(4, 300, size=64)
+    tokens = rng.integers(4, 300, size=64).astype(np.int32)
     tokens[20:36] = VOCABULARY.image.start + rng.integers(0, 16, size=16)
     tokens[[19, 36]] = BREAK
     block = Block(tokens=tokens, documents=np.zeros(64, dtype=np.int32))

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,7 +25,7 @@ struct Cm3Settings {
 };
 
 struct Cm3Vocabulary {
-  int64_t pad, eos, break_, eoss, first_sentinel;
+  int32_t pad, eos, break_, eoss, first_sentinel;
   int8_t text, image;            // values in modality
   std::vector<int8_t> modality;  // of each id
 };
@@ -50,15 +49,11 @@ class Cm3Uniforms {
 };
 
 // Runs of tokens without borders.
-template <typename Token>
 class Segments {
  public:
-  Segments(const Token* tokens, int64_t size, int64_t border_a, int64_t border_b, int64_t border_c)
-      : tokens_(tokens),
-        size_(size),
-        a_(static_cast<Id>(border_a)),
-        b_(static_cast<Id>(border_b)),
-        c_(static_cast<Id>(border_c)) {}
+  Segments(const int32_t* tokens, int64_t size, int32_t border_a, int32_t border_b,
+           int32_t border_c)
+      : tokens_(tokens), size_(size), a_(border_a), b_(border_b), c_(border_c) {}
 
   // The first run within [from, end); empty at `end` if there is none.
   Span next(int64_t from, int64_t end) const {
@@ -96,17 +91,14 @@ class Segments {
   int64_t size() const { return size_; }
 
  private:
-  // Every id of a vocabulary fits into 32 bits; that many compare faster at once than of 64.
-  using Id = std::conditional_t<sizeof(Token) == 8, int64_t, int32_t>;
-
-  bool is_border(Id token) const { return token == a_ || token == b_ || token == c_; }
+  bool is_border(int32_t token) const { return token == a_ || token == b_ || token == c_; }
 
   int64_t find_border(int64_t from, int64_t end) const {
     constexpr int64_t kAtOnce = 16;  // without a branch inside, so that it is vectorised
     for (; from + kAtOnce <= end; from += kAtOnce) {
-      Id found = 0;
+      int32_t found = 0;
       for (int64_t i = 0; i < kAtOnce; ++i) {
-        const Id token = tokens_[from + i];
+        const int32_t token = tokens_[from + i];
         found |= (token == a_) | (token == b_) | (token == c_);
       }
       if (found) break;
@@ -115,9 +107,9 @@ class Segments {
     return from;
   }
 
-  const Token* tokens_;
+  const int32_t* tokens_;
   int64_t size_;
-  Id a_, b_, c_;
+  int32_t a_, b_, c_;
 };
 
 // What becomes of a block, or in scope `document` of one of its documents.
@@ -131,8 +123,7 @@ class Cm3 {
   Cm3(const Cm3Settings& settings, Cm3Vocabulary vocabulary)
       : settings_(settings), vocabulary_(std::move(vocabulary)) {}
 
-  template <typename Token>
-  std::vector<Cm3Piece> plan(const Token* tokens, const int32_t* documents, int64_t length,
+  std::vector<Cm3Piece> plan(const int32_t* tokens, const int32_t* documents, int64_t length,
                              int64_t seed, int64_t index) const {
     Cm3Uniforms uniforms(seed, index);
     int64_t content = length;
@@ -153,9 +144,8 @@ class Cm3 {
   }
 
   // Carries out a plan; all arrays have `length` items. Returns how many tokens it does not read.
-  template <typename Token>
-  int64_t carry_out(const std::vector<Cm3Piece>& pieces, const Token* tokens,
-                    const int32_t* documents, int64_t length, int64_t* out_tokens,
+  int64_t carry_out(const std::vector<Cm3Piece>& pieces, const int32_t* tokens,
+                    const int32_t* documents, int64_t length, int32_t* out_tokens,
                     int32_t* out_documents) const {
     int64_t place = 0, content = length, num_read = 0;
     while (content > 0 && tokens[content - 1] == vocabulary_.pad) --content;
@@ -163,7 +153,7 @@ class Cm3 {
       const int64_t size = piece.stop - piece.start;
       const bool closes = settings_.scope == Cm3Scope::kDocument && !piece.spans.empty() &&
                           tokens[piece.stop - 1] == vocabulary_.eos;
-      const Source<Token> source{tokens + piece.start, documents + piece.start, size - closes};
+      const Source source{tokens + piece.start, documents + piece.start, size - closes};
       place += move(source, piece.spans, out_tokens + place, out_documents + place);
       if (closes) {
         out_tokens[place] = vocabulary_.eos;
@@ -181,9 +171,8 @@ class Cm3 {
   // Draws of all ends before single tokens are taken.
   static constexpr int kMaxDraws = 64;
 
-  template <typename Token>
   struct Source {
-    const Token* tokens;
+    const int32_t* tokens;
     const int32_t* documents;
     int64_t size;
   };
@@ -194,22 +183,20 @@ class Cm3 {
     return std::max<int64_t>(0, std::min(size, room - 3 * k));
   }
 
-  template <typename Token>
-  Segments<Token> segments(const Token* tokens, int64_t size) const {
+  Segments segments(const int32_t* tokens, int64_t size) const {
     const bool across = settings_.scope == Cm3Scope::kAuthors;
     return {tokens, size, vocabulary_.break_, vocabulary_.pad,
             across ? vocabulary_.pad : vocabulary_.eos};
   }
 
-  template <typename Token>
-  std::vector<Span> choose(const Token* tokens, int64_t size, int64_t room,
+  std::vector<Span> choose(const int32_t* tokens, int64_t size, int64_t room,
                            Cm3Uniforms& uniforms) const {
     if (uniforms.next() < settings_.mask_whole_caption) {
       const std::vector<Span> found = captions(tokens, read_size(size, room, 1));
       if (!found.empty()) return {found[uniforms.below(static_cast<int64_t>(found.size()))]};
     }
     for (int64_t k = draw_num_spans(uniforms); k > 0; --k) {
-      const Segments<Token> runs = segments(tokens, read_size(size, room, k));
+      const Segments runs = segments(tokens, read_size(size, room, k));
       if (runs.has(k)) return draw_spans(k, runs, uniforms);
     }
     return {};
@@ -228,9 +215,7 @@ class Cm3 {
     return k;
   }
 
-  template <typename Token>
-  std::vector<Span> draw_spans(int64_t k, const Segments<Token>& runs,
-                               Cm3Uniforms& uniforms) const {
+  std::vector<Span> draw_spans(int64_t k, const Segments& runs, Cm3Uniforms& uniforms) const {
     std::vector<int64_t> ends(2 * k);
     std::vector<Span> spans(k);
     for (int draw = 0; draw < kMaxDraws; ++draw) {
@@ -262,9 +247,8 @@ class Cm3 {
     return spans;
   }
 
-  template <typename Token>
-  std::vector<Span> captions(const Token* tokens, int64_t size) const {
-    const Segments<Token> runs(tokens, size, vocabulary_.break_, vocabulary_.pad, vocabulary_.eos);
+  std::vector<Span> captions(const int32_t* tokens, int64_t size) const {
+    const Segments runs(tokens, size, vocabulary_.break_, vocabulary_.pad, vocabulary_.eos);
     std::vector<Span> found;
     for (int64_t from = 0; from < size;) {
       const Span run = runs.next(from, size);
@@ -278,20 +262,18 @@ class Cm3 {
     return found;
   }
 
-  bool is_of(int64_t token, int8_t modality) const {
+  bool is_of(int32_t token, int8_t modality) const {
     return token >= 0 && token < static_cast<int64_t>(vocabulary_.modality.size()) &&
            vocabulary_.modality[token] == modality;
   }
 
-  template <typename Token>
-  bool is_text(const Token* tokens, Span run) const {
+  bool is_text(const int32_t* tokens, Span run) const {
     return std::all_of(tokens + run.start, tokens + run.end,
-                       [this](int64_t token) { return is_of(token, vocabulary_.text); });
+                       [this](int32_t token) { return is_of(token, vocabulary_.text); });
   }
 
   // Writes the source with sentinels, then the spans; returns how many tokens.
-  template <typename Token>
-  int64_t move(const Source<Token>& source, const std::vector<Span>& spans, int64_t* out_tokens,
+  int64_t move(const Source& source, const std::vector<Span>& spans, int32_t* out_tokens,
                int32_t* out_documents) const {
     int64_t place = 0;
     const auto copy = [&](int64_t start, int64_t end) {
@@ -299,11 +281,12 @@ class Cm3 {
       std::copy(source.documents + start, source.documents + end, out_documents + place);
       place += end - start;
     };
-    const auto put = [&](int64_t token, int64_t owner) {
+    const auto put = [&](int32_t token, int64_t owner) {
       out_tokens[place] = token;
       out_documents[place++] = source.documents[owner];
     };
-    int64_t done = 0, sentinel = vocabulary_.first_sentinel;
+    int64_t done = 0;
+    int32_t sentinel = vocabulary_.first_sentinel;
     for (const Span& span : spans) {
       copy(done, span.start);
       put(sentinel++, span.start);

@@ -26,7 +26,7 @@ struct Filled {
 // `document` on.
 template <typename Token>
 Filled read_stream(const Stream<Token>& stream, int64_t start, int64_t stop, int32_t document,
-                   Token* out_tokens, int32_t* out_documents) {
+                   int32_t* out_tokens, int32_t* out_documents) {
   const int64_t* const ends = stream.ends;
   int64_t place = std::upper_bound(ends, ends + stream.num_documents, start) - ends;
   int64_t written = 0;
