@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -161,23 +162,34 @@ class GlobalBatches:
         """The numbers of the samples in each micro-batch of a step."""
         self._isolate_documents = isolate_documents
         self._threads = ThreadPoolExecutor(workers, "samples") if workers else None
-        self._ahead: dict[int, list[Future[dict[str, torch.Tensor]]]] = {}
+        self._ahead: dict[int, list[Future[_MicroBatch]]] = {}
+        self.num_dropped = 0
+        """Tokens that had to make room in the samples of this rank so far."""
 
     def __call__(self, step: int) -> list[dict[str, torch.Tensor]]:
         """The micro-batches of `step`, any step; quickest in order."""
         if self._threads is None:
-            return [self._make(indices) for indices in self.indices(step)]
-        started = self._ahead.pop(step, None) or self._start(step)
-        self._ahead = {step + 1: self._start(step + 1)}
-        return [future.result() for future in started]
+            made = [self._make(indices) for indices in self.indices(step)]
+        else:
+            started = self._ahead.pop(step, None) or self._start(step)
+            self._ahead = {step + 1: self._start(step + 1)}
+            made = [future.result() for future in started]
+        self.num_dropped += sum(each.num_dropped for each in made)
+        return [each.batch for each in made]
 
-    def _start(self, step: int) -> list[Future[dict[str, torch.Tensor]]]:
+    def _start(self, step: int) -> list[Future["_MicroBatch"]]:
         assert self._threads is not None
         return [self._threads.submit(self._make, indices) for indices in self.indices(step)]
 
-    def _make(self, indices: list[int]) -> dict[str, torch.Tensor]:
+    def _make(self, indices: list[int]) -> "_MicroBatch":
         samples = [self._dataset.sample(index) for index in indices]
-        return collate(samples, isolate_documents=self._isolate_documents)
+        batch = collate(samples, isolate_documents=self._isolate_documents)
+        return _MicroBatch(batch, sum(each.dropped for each in samples))
+
+
+class _MicroBatch(NamedTuple):
+    batch: dict[str, torch.Tensor]
+    num_dropped: int
 
 
 def collate(

@@ -204,6 +204,7 @@ class Training:
             self._stop_poll()
             self._after_step()
         self._save(wait=True)
+        self._log_dropped(last - first)
         if last == config.steps:
             self._finish()
 
@@ -272,6 +273,14 @@ class Training:
     def _poll_in_validation(self) -> None:
         self._watchdog.progress(self._done, "validation after the end")
         self._stop_poll()
+
+    def _log_dropped(self, num_steps: int) -> None:
+        """Say what CM3's sentinels took the room of, on this replica in this start's steps."""
+        config, dropped = self.config, self._batches.num_dropped
+        samples = num_steps * config.global_batch_size // self.world.data.size
+        if dropped:
+            share = dropped / (samples * config.context_length)
+            logger.info("%d tokens (%.2f%%) made room for sentinels", dropped, 100 * share)
 
     def _finish(self) -> None:
         self._measure()

@@ -208,6 +208,10 @@ def test_workers_and_layout_do_not_change_the_batches(sets, ranks, micro_batch_s
             due = collate([dataset.sample(i) for i in range(12 * step, 12 * step + 12)])
             for name, values in due.items():
                 assert torch.equal(torch.cat([batch[name] for batch in rows]), values)
+        num_dropped = sum(
+            dataset.sample(12 * step + i).dropped for step in steps for i in range(12)
+        )
+        assert sum(batches.num_dropped for batches in by_rank) == num_dropped > 0
 
 
 def test_an_error_in_a_worker_reaches_the_run(sets):
