@@ -1,9 +1,10 @@
-// The launchers that bindings.cpp registers: one per operation and device.
+// The operators that bindings.cpp registers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
 
 namespace pybind11 {
 class module_;
@@ -11,15 +12,31 @@ class module_;
 
 namespace jam {
 
-at::Tensor guided_sample_cpu(const at::Tensor& cond, const std::optional<at::Tensor>& uncond,
-                             const at::Tensor& guidance_scale, const at::Tensor& temperature,
-                             const at::Tensor& top_p, const std::optional<at::Tensor>& legal,
-                             const at::Tensor& seed, const at::Tensor& offset);
+using OptionalTensor = std::optional<at::Tensor>;
 
-at::Tensor guided_sample_cuda(const at::Tensor& cond, const std::optional<at::Tensor>& uncond,
-                              const at::Tensor& guidance_scale, const at::Tensor& temperature,
-                              const at::Tensor& top_p, const std::optional<at::Tensor>& legal,
-                              const at::Tensor& seed, const at::Tensor& offset);
+// Guided sampling, for the CPU and CUDA. The first eleven arguments are what all share.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> guided_sample(
+    const at::Tensor& cond, const OptionalTensor& uncond, double guidance_scale, double temperature,
+    double top_p, int64_t top_k, double min_p, const OptionalTensor& settings, int64_t legal_begin,
+    int64_t legal_end, const OptionalTensor& legal, int64_t seed, int64_t offset,
+    const OptionalTensor& numbers, bool truncated);
+
+at::Tensor guided_probabilities(const at::Tensor& cond, const OptionalTensor& uncond,
+                                double guidance_scale, double temperature, double top_p,
+                                int64_t top_k, double min_p, const OptionalTensor& settings,
+                                int64_t legal_begin, int64_t legal_end,
+                                const OptionalTensor& legal);
+
+std::tuple<at::Tensor, at::Tensor> guided_largest(
+    const at::Tensor& cond, const OptionalTensor& uncond, double guidance_scale, double temperature,
+    double top_p, int64_t top_k, double min_p, const OptionalTensor& settings, int64_t legal_begin,
+    int64_t legal_end, const OptionalTensor& legal);
+
+at::Tensor guided_weights(const at::Tensor& cond, const OptionalTensor& uncond,
+                          double guidance_scale, double temperature, double top_p, int64_t top_k,
+                          double min_p, const OptionalTensor& settings, int64_t legal_begin,
+                          int64_t legal_end, const OptionalTensor& legal,
+                          const at::Tensor& largest);
 
 // Functions on numpy arrays of the extension module.
 void bind_cm3(pybind11::module_& module);

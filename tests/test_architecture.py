@@ -137,6 +137,9 @@ def python_functions(path: Path) -> Iterator[tuple[int, int]]:
 def native_functions(path: Path) -> Iterator[tuple[int, int]]:
     """First and last line of each braced block whose head has parentheses (functions, loops)."""
     text = re.sub(r'//[^\n]*|"(?:\\.|[^"\\\n])*"', "", path.read_text(encoding="utf-8"))
+    text = re.sub(  # lines of the preprocessor
+        r"^[ \t]*#(?:[^\n\\]|\\.|\\\n)*", lambda cut: "\n" * cut[0].count("\n"), text, flags=re.M
+    )
     blocks: list[int | None] = []
     head, head_line, line = "", 1, 1
     for character in text:

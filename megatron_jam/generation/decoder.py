@@ -119,6 +119,6 @@ class Decoder:
             temperature=per_row(settings.temperature, settings.text_temperature),
             top_p=per_row(settings.top_p, settings.text_top_p),
             legal=self._legal[[row.legal for row in rows]],
-            seed=settings.seed,
+            seed=torch.full((len(rows),), settings.seed),
             offset=torch.tensor([(row.index << 32) + len(row.tokens) for row in rows]),
-        ).tolist()
+        ).tokens.tolist()

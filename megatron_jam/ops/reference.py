@@ -5,6 +5,7 @@ integers whose float64 sums are exact in any order, so that a draw is the same o
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,18 +23,32 @@ EXP2_COEFFICIENTS = (
 )
 
 
+class Drawn(NamedTuple):
+    """What one row yields; see :class:`megatron_jam.ops.guided_sampling.GuidedSample`."""
+
+    token: int
+    log_probability: float
+    truncated_log_probability: float
+
+
 def guided_sample_row(
     cond: Tensor,
     uncond: Tensor | None = None,
     *,
-    guidance_scale: float,
-    temperature: float,
-    top_p: float,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
     legal: Tensor | None = None,
     seed: int,
     offset: int,
-) -> int:
-    """The id that :func:`megatron_jam.ops.guided_sampling.guided_sample` draws for one row.
+) -> Drawn:
+    """The draw of :func:`megatron_jam.ops.guided_sampling.guided_sample` for one row.
+
+    A draw is by rejection: draw among the weights above a floor; the id is in the nucleus if the
+    strictly larger weights sum to less than top_p of what top-k kept; if not, its weight is the new
+    floor.
 
     Args:
         cond: logits [V]; float32, bfloat16 or float16, as is `uncond`.
@@ -42,26 +57,93 @@ def guided_sample_row(
     Raises:
         ValueError: the row has no largest logit, or a setting is out of its range.
     """
-    if not (temperature >= 0 and 0 < top_p <= 1 and math.isfinite(guidance_scale + temperature)):
-        raise ValueError("temperature must be >= 0, top_p in (0, 1], and guidance_scale finite")
+    check_settings(guidance_scale, temperature, top_p, top_k, min_p)
     logits = guided_logits(cond, uncond, guidance_scale=guidance_scale, legal=legal)
+    check_logits(logits)
+    if temperature == 0:
+        return Drawn(int((logits == logits.max()).nonzero()[0, 0]), 0.0, 0.0)
+    weights = sampling_weights(logits, temperature=temperature)
+    floor, nucleus = before_top_p(weights, top_p=top_p, top_k=top_k, min_p=min_p)
+    for round_ in range(1 << 32):
+        running = torch.where(weights > floor, weights, 0.0).cumsum(0)
+        target = philox_uniform(seed, offset, round_) * float(running[-1])
+        token = int((running > target).nonzero()[0, 0])
+        floor = float(weights[token])
+        if float(weights[weights > floor].sum()) < nucleus:
+            break
+    left = kept_weights(weights, top_p=top_p, top_k=top_k, min_p=min_p)
+    weight = float(weights[token])
+    return Drawn(
+        token, math.log(weight / float(weights.sum())), math.log(weight / float(left.sum()))
+    )
+
+
+def truncated_probabilities_row(
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    *,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    legal: Tensor | None = None,
+) -> Tensor:
+    """What :func:`guided_sample_row` draws from: float32 [V]."""
+    check_settings(guidance_scale, temperature, top_p, top_k, min_p)
+    logits = guided_logits(cond, uncond, guidance_scale=guidance_scale, legal=legal)
+    check_logits(logits)
+    if temperature == 0:
+        probabilities = torch.zeros_like(logits)
+        probabilities[(logits == logits.max()).nonzero()[0, 0]] = 1.0
+        return probabilities
+    weights = sampling_weights(logits, temperature=temperature)
+    kept = kept_weights(weights, top_p=top_p, top_k=top_k, min_p=min_p)
+    return (kept / kept.sum()).float()
+
+
+def kept_weights(weights: Tensor, *, top_p: float, top_k: int, min_p: float) -> Tensor:
+    """The weights [V] that all filters keep, 0 for the others."""
+    floor, nucleus = before_top_p(weights, top_p=top_p, top_k=top_k, min_p=min_p)
+    ascending, order = weights.sort(stable=True)
+    # The sum of the strictly larger weights: all that stand behind the last of equal ones.
+    ends = torch.searchsorted(ascending, ascending, right=True)
+    larger = ascending.sum() - ascending.cumsum(0)[ends - 1]
+    in_nucleus = torch.empty_like(weights, dtype=torch.bool)
+    in_nucleus[order] = larger < nucleus
+    return torch.where(in_nucleus & (weights > floor), weights, 0.0)
+
+
+def before_top_p(weights: Tensor, *, top_p: float, top_k: int, min_p: float) -> tuple[float, float]:
+    """The floor that top-k and min-p set, and the sum below which larger weights must stay."""
+    least = min_p * 2.0**WEIGHT_BITS
+    top = weights
+    if 0 < top_k < len(weights):
+        kth = weights.sort(descending=True).values[top_k - 1]
+        top = torch.where(weights >= kth, weights, 0.0)
+        least = max(least, float(kth))
+    below = weights[weights < least]
+    return float(below.max()) if len(below) else 0.0, top_p * float(top.sum())
+
+
+def check_settings(
+    guidance_scale: float, temperature: float, top_p: float, top_k: int, min_p: float
+) -> None:
+    """Raise ValueError where a setting is out of its range."""
+    right = temperature >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1 and top_k >= 0
+    if not (right and math.isfinite(guidance_scale + temperature)):
+        raise ValueError(
+            "temperature must be >= 0, top_p in (0, 1], top_k a whole number >= 0, "
+            "min_p in [0, 1], and guidance_scale finite"
+        )
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise ValueError where a row has no largest logit."""
     if not bool((logits < math.inf).all()):
         raise ValueError("a logit of a legal id is NaN or +inf")
     if not bool((logits > -math.inf).any()):
         raise ValueError("no legal id has a logit above -inf")
-    if temperature == 0:
-        return int((logits == logits.max()).nonzero()[0, 0])
-    weights = sampling_weights(logits, temperature=temperature)
-    nucleus = top_p * float(weights.sum())
-    floor = 0.0
-    for round_ in range(1 << 32):
-        kept = torch.where(weights > floor, weights, 0.0)
-        target = philox_uniform(seed, offset, round_) * float(kept.sum())
-        token = int((kept.cumsum(0) > target).nonzero()[0, 0])
-        floor = float(weights[token])
-        if float(weights[weights > floor].sum()) < nucleus:
-            return token
-    raise AssertionError("the floor rises each round, so the loop ends")
 
 
 def guided_logits(

@@ -93,6 +93,6 @@ def slow_decode(
             legal=legal[[row.legal]],
             seed=settings.seed,
             offset=(index << 32) + len(row.tokens),
-        )
+        ).tokens
         row.push(int(token))
     return row.new_tokens.tolist()

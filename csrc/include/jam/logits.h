@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "jam/host_device.h"
+#include "jam/weights.h"
 
 namespace jam {
 
@@ -16,12 +16,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-JAM_HOST_DEVICE float float_from_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 JAM_HOST_DEVICE float to_float(float value) { return value; }
 
