@@ -89,7 +89,9 @@ def extension() -> CppExtension:
     )
     # No contraction: a * b + c is fused where the source says fma, and nowhere else, so that every
     # compiler and device computes the same bits.
-    flags = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra"]}
+    flags = {
+        "cxx": ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra"]
+    }
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         flags["nvcc"] = ["-O3", "-std=c++20", "--fmad=false"]

@@ -90,7 +90,7 @@ def guided_sample(
     if isinstance(seed, int) and isinstance(offset, int):
         draws = (seed, offset, None)
     else:
-        draws = (0, 0, _columns((seed, offset), cond, torch.int64))
+        draws = (0, 0, columns_of((seed, offset), cond, torch.int64))
     drawn = _call("guided_sample", *arguments, *draws, truncated_log_probability)
     return GuidedSample(*drawn) if truncated_log_probability else GuidedSample(*drawn[:2], None)
 
@@ -147,7 +147,7 @@ def _arguments(cond: Tensor, uncond: Tensor | None, *settings: float | Tensor, l
     table = None
     for each in settings:
         if isinstance(each, Tensor):
-            table = _columns(settings, cond, torch.float64)
+            table = columns_of(settings, cond, torch.float64)
             settings = (1.0, 1.0, 1.0, 0, 0.0)
             break
     begin, end = 0, cond.shape[1]
@@ -161,7 +161,7 @@ def _arguments(cond: Tensor, uncond: Tensor | None, *settings: float | Tensor, l
     return cond, uncond, *settings, table, begin, end, legal
 
 
-def _columns(values: tuple[float | Tensor, ...], cond: Tensor, dtype: torch.dtype) -> Tensor:
+def columns_of(values: tuple[float | Tensor, ...], cond: Tensor, dtype: torch.dtype) -> Tensor:
     """A table [rows, len(values)]."""
     rows = len(cond)
     columns = []

@@ -5,12 +5,13 @@ import ctypes
 import hashlib
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from megatron_jam.config.files import publish, temporary_name
-from megatron_jam.ops import extension
+from megatron_jam.ops import extension  # noqa: F401  (loads it)
 
 ROOT = Path(__file__).parent.parent.parent
 CSRC = ROOT / "csrc"
@@ -55,7 +56,7 @@ def emulation() -> ctypes.CDLL:
 
 @cache
 def _extension() -> ctypes.CDLL:
-    library = ctypes.CDLL(extension._C.__file__)
+    library = ctypes.CDLL(sys.modules["megatron_jam._C"].__file__)
     library.jam_backend.restype = ctypes.c_void_p
     library.jam_set_backend.argtypes = [ctypes.c_void_p]
     return library

@@ -27,7 +27,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocabulary", [1, 2, 37, 128, 1000, 8192])
+@pytest.mark.parametrize("vocabulary", [1, 2, 37, 128, 1000])
 def test_rows_are_those_of_the_reference(backend, dtype, vocabulary) -> None:
     rows = 3
     cond, uncond = (random_logits(rows, vocabulary, seed=seed).to(dtype) for seed in (1, 2))

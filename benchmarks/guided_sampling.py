@@ -1,0 +1,135 @@
+"""Guided sampling over Hugging Face's chain of processors, over a copy of the logits in memory, and
+64 rows on two threads over one.
+
+The chain is what transformers' generate does with two streams: log-softmax of both, guidance,
+temperature, top-p by a sort, softmax and multinomial. Ours is the public call, Python included.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+from benchmarks.timing import Run, speed_over
+from megatron_jam.config.cli import run_command
+from megatron_jam.config.errors import UsageError
+from megatron_jam.ops.guided_sampling import guided_sample, truncated_probabilities
+
+SCALE, TOP_P, TEMPERATURE = 3.5, 0.9, 1.0
+REPEATS = 20
+"""Calls that are timed together: one takes microseconds."""
+
+
+def main(
+    *, pairs: int = 15, device: Literal["cpu", "cuda"] = "cpu", tokens: int = 0, json: bool = False
+) -> None:
+    """Print ratios, peer's time over ours: above 1 ours is faster.
+
+    Args:
+        pairs: how often each is run.
+        device: where; a GPU is waited for after each run.
+        tokens: size of the vocabulary; 0: 65,536 and 8,192.
+        json: one line of JSON a row (name, ratio, spread) in place of text.
+    """
+    if pairs < 1:
+        raise UsageError(f"pairs is {pairs}; it must be at least 1")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device is cuda, but torch finds no GPU")
+    torch.set_num_threads(1)
+    for vocabulary in [tokens] if tokens else [65_536, 8_192]:
+        for spread in (1.0, 3.0):
+            cond, uncond = logits(1, vocabulary, spread, device)
+            check(cond, uncond)
+            ours = timed(lambda c=cond, u=uncond: draw(c, u), device)
+            name = f"{vocabulary} ids, N(0, {spread:.0f}):"
+            chain = timed(lambda c=cond, u=uncond: hugging_face(c, u), device)
+            speed_over(f"{name} speed over transformers", ours, chain, pairs=pairs).print(
+                as_json=json
+            )
+            both = torch.cat([cond, uncond])
+            copy = timed(lambda to=torch.empty_like(both), b=both: to.copy_(b), device)
+            speed_over(f"{name} speed over a copy of both rows", ours, copy, pairs=pairs).print(
+                as_json=json
+            )
+    if device == "cpu":
+        threads(pairs, json)
+
+
+def threads(pairs: int, json: bool) -> None:
+    """64 rows on two threads over one."""
+    cond, uncond = logits(64, 65_536, 1.0, "cpu")
+
+    def on(num: int) -> Run:
+        def run() -> None:
+            torch.set_num_threads(num)
+            draw(cond, uncond)
+
+        return run
+
+    name = "64 rows of 65536 ids: speed on two threads over one"
+    speed_over(name, on(2), on(1), pairs=pairs).print(as_json=json)
+
+
+def logits(rows: int, vocabulary: int, spread: float, device: str) -> list[Tensor]:
+    """Conditional and unconditional ones, float32 [rows, vocabulary]."""
+    generator = torch.Generator().manual_seed(0)
+    pair = torch.randn(2, rows, vocabulary, generator=generator) * spread
+    return [each.clone().to(device) for each in pair]
+
+
+def draw(cond: Tensor, uncond: Tensor) -> Tensor:
+    """Our call."""
+    rows = len(cond)
+    seed = 3 if rows == 1 else torch.arange(rows, device=cond.device)
+    return guided_sample(
+        cond,
+        uncond,
+        guidance_scale=SCALE,
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        seed=seed,
+        offset=4,
+    ).tokens
+
+
+_WARPERS = (TemperatureLogitsWarper(TEMPERATURE), TopPLogitsWarper(TOP_P))
+
+
+def hugging_face_probabilities(cond: Tensor, uncond: Tensor) -> Tensor:
+    """Its chain: UnbatchedClassifierFreeGuidanceLogitsProcessor's formula, then its warpers."""
+    c, u = cond.log_softmax(-1), uncond.log_softmax(-1)
+    scores = SCALE * (c - u) + u
+    for warper in _WARPERS:
+        scores = warper(None, scores)
+    return scores.softmax(-1)
+
+
+def hugging_face(cond: Tensor, uncond: Tensor) -> Tensor:
+    """A token of it."""
+    return torch.multinomial(hugging_face_probabilities(cond, uncond), 1)
+
+
+def check(cond: Tensor, uncond: Tensor) -> None:
+    """Both have the same probabilities."""
+    ours = truncated_probabilities(
+        cond, uncond, guidance_scale=SCALE, temperature=TEMPERATURE, top_p=TOP_P
+    )
+    torch.testing.assert_close(ours, hugging_face_probabilities(cond, uncond), rtol=1e-4, atol=1e-9)
+
+
+def timed(call: Callable[[], object], device: str) -> Run:
+    """Several calls, up to the end of what they started."""
+
+    def run() -> None:
+        for _ in range(REPEATS):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+if __name__ == "__main__":
+    run_command(main)
