@@ -38,9 +38,10 @@ at::Tensor guided_weights(const at::Tensor& cond, const OptionalTensor& uncond,
                           int64_t legal_end, const OptionalTensor& legal,
                           const at::Tensor& largest);
 
+at::Tensor weighted_average_cpu(const at::Tensor& a, const at::Tensor& b, double share);
+
 // Functions on numpy arrays of the extension module.
 void bind_cm3(pybind11::module_& module);
 void bind_packing(pybind11::module_& module);
-at::Tensor weighted_average_cpu(const at::Tensor& a, const at::Tensor& b, double share);
 
 }  // namespace jam
