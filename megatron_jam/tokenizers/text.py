@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import write_text_atomically
+from megatron_jam.config.files import read_json, write_text_atomically
 from megatron_jam.tokenizers.vocabulary import TEXT_SPECIALS
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -72,6 +72,46 @@ class TextTokenizer:
             return cls(Tokenizer.from_str(text))
         except Exception as error:  # the library raises bare Exception
             raise UsageError(f"{path} is not a tokenizer: {error}") from error
+
+    @classmethod
+    def from_gpt2(cls, vocab: Path, merges: Path) -> Self:
+        """Byte-level BPE out of a vocab.json and a merges.txt, with the ids of vocab.json.
+
+        GPT-2 has these files, and OPT, whose vocab.json has fairseq's order: `<s> <pad> </s>
+        <unk>`, then pieces by frequency.
+
+        Raises:
+            UsageError: they are no such files, or lack one of the 256 bytes.
+        """
+        try:
+            model = models.BPE.from_file(str(vocab), str(merges))
+            ids = read_json(vocab)
+        except Exception as error:  # the library raises bare Exception
+            raise UsageError(f"{vocab} and {merges} are no byte-level BPE: {error}") from error
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        if missing := [each for each in alphabet if each not in ids]:
+            count = len(missing)
+            raise UsageError(f"{vocab} lacks {count} of the 256 bytes, such as {missing[0]!r}")
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        marks = [each for each in (*TEXT_SPECIALS, "<|endoftext|>", "<mask>") if each in ids]
+        tokenizer.add_special_tokens([AddedToken(each, special=True) for each in marks])
+        return cls(tokenizer)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name, or None."""
+        return self._tokenizer.token_to_id(token)
+
+    @property
+    def highest_id(self) -> int:
+        """The last id: one less than :attr:`vocab_size` if there are no gaps."""
+        return max(self._tokenizer.get_vocab().values())
+
+    def add_special(self, token: str) -> int:
+        """The id of a special token, which is added behind all others if it is not there."""
+        self._tokenizer.add_special_tokens([AddedToken(token, special=True)])
+        return self._tokenizer.get_vocab()[token]
 
     def save(self, path: Path | str) -> None:
         """Write a tokenizer.json."""

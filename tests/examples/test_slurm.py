@@ -284,3 +284,20 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < end, f"{path} has not come"
         time.sleep(0.05)
+
+
+def test_each_task_of_the_array_prepares_its_shard(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "examples/slurm/prepare.sbatch", "prepare_text", "a b.jsonl", "T", "sets/x"],
+        cwd=ROOT,
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHON": "echo",
+            "SLURM_ARRAY_TASK_ID": "5",
+            "SLURM_CPUS_PER_TASK": "3",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "tools/prepare_text.py a b.jsonl T sets/x --shard 5/64 --workers 3\n"
