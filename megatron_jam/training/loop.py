@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import write_text_atomically
+from megatron_jam.config.files import write_json, write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.config.run import RunConfig
 from megatron_jam.data.loader import GlobalBatches, build_dataset, image_tokenizer_of
@@ -22,6 +22,7 @@ from megatron_jam.training.best import BestCheckpoint
 from megatron_jam.training.build import build_engine, check_run, identity
 from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import Checkpoints, Keep
+from megatron_jam.training.export import HISTORY, MODEL, SETTINGS
 from megatron_jam.training.health import LEFT_OUT, Health, Unhealthy
 from megatron_jam.training.losses import Losses
 from megatron_jam.training.memory_check import MemoryCheck
@@ -120,8 +121,18 @@ class Training:
 
     def _describe(self, part: Path) -> None:
         """Write what a checkpoint is of: the resolved settings, the model, its vocabulary."""
-        self.config.save(part / "run.yaml")
-        self.folder.copy_description(part / "model")
+        self.config.save(part / SETTINGS)
+        self.folder.copy_description(part / MODEL)
+        write_json(part / MODEL / HISTORY, self._history())
+
+    def _history(self) -> dict[str, Any]:
+        """Where the run's weights come from, for the provenance of a weights folder."""
+        return {
+            "made_by": "megatron_jam.train",
+            "parent": str(self.config.weights),
+            "image_tokenizer_sha256": image_tokenizer_of(self.config.data)
+            or self.folder.image_tokenizer_sha256,
+        }
 
     def run(self) -> None:
         """Train to the end, or to `stop_at`; the end exports OUTPUT/weights.
@@ -287,10 +298,7 @@ class Training:
         config = self.config
         weights = config.output / "weights"
         provenance = {
-            "made_by": "megatron_jam.train",
-            "parent": str(config.weights),
-            "image_tokenizer_sha256": image_tokenizer_of(config.data)
-            or self.folder.image_tokenizer_sha256,
+            **self._history(),
             "steps": config.steps,
             "tokens": config.steps * config.global_batch_size * config.context_length,
         }

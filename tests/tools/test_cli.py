@@ -208,7 +208,7 @@ def test_train_says_what_it_computes_with(home: Path, tmp_path: Path) -> None:
     count = num_parameters(WeightsFolder(home / "model").config)
     start = re.escape(f"{count:,} parameters | 1 ranks: TP 1 x PP 1 x DP 1 | cpu")
     assert re.search(start, done.stderr)
-    assert "weights, gradients and optimizer: " in done.stderr
+    assert "memory planned: " in done.stderr
     parts = json.loads((tmp_path / "run/environment.json").read_text())["parts"]
     assert len(parts) == 4
     for part in parts:
