@@ -201,23 +201,27 @@ class Training:
         self._stop_poll()
         self._after_step()
         for step in range(first, last):
-            result = self._make_step(step)
-            self._done = step + 1
-            self.health.count(result.skipped)
-            for each in self._callbacks:
-                each.step_made(self._done, result)
-            self._saver.poll()
-            if self.health.is_hopeless:
-                raise Unhealthy(
-                    f"{self.health.skipped_in_a_row} steps in a row were skipped,"
-                    f" the last as {result.skipped}"
-                )
-            self._stop_poll()
-            self._after_step()
+            self._advance(step)
         self._save(wait=True)
         self._log_dropped(last - first)
         if last == config.steps:
             self._finish()
+
+    def _advance(self, step: int) -> None:
+        """Step `step`, from 0, with all that belongs to it."""
+        result = self._make_step(step)
+        self._done = step + 1
+        self.health.count(result.skipped)
+        for each in self._callbacks:
+            each.step_made(self._done, result)
+        self._saver.poll()
+        if self.health.is_hopeless:
+            raise Unhealthy(
+                f"{self.health.skipped_in_a_row} steps in a row were skipped,"
+                f" the last as {result.skipped}"
+            )
+        self._stop_poll()
+        self._after_step()
 
     def _after_step(self) -> None:
         """What is due now and then: comparison of copies, validation, saving.
