@@ -139,7 +139,7 @@ def checks(world: World, root: Path, pairs: int) -> Row:
 
     def bare() -> None:
         for _ in range(STEPS_OF_A_PAIR):
-            batches = training._batches(training._indices(next(steps)))
+            batches = training._batches(next(steps))
             train_step(training._step, training._optimizer, batches, RATE)
 
     found = []

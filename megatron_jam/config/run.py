@@ -208,6 +208,9 @@ class RunConfig:
     keep_every: int = 0
     """Besides, checkpoints after a multiple of so many steps are kept for ever; 0 for none."""
 
+    keep_epochs: bool = False
+    """Besides, a checkpoint is saved at the end of each epoch of the sets, and kept for ever."""
+
     async_checkpoints: bool = True
     """Whether training goes on while a checkpoint is written; takes memory on the host for what
     changes meanwhile, up to the size of a rank's part."""
@@ -279,6 +282,12 @@ class RunConfig:
         samples = samples or math.ceil(self.epochs * epoch_size)
         steps = self.steps or -(-samples // self.global_batch_size)
         return dataclasses.replace(self, steps=steps, samples=0, tokens=0, epochs=0.0)
+
+    def epoch_ends(self, epoch_size: float) -> frozenset[int]:
+        """The steps of a run of known `steps` with which an epoch of `epoch_size` samples ends."""
+        epochs = int(self.steps * self.global_batch_size / epoch_size)
+        ends = (math.ceil(n * epoch_size / self.global_batch_size) for n in range(1, epochs + 1))
+        return frozenset(ends)
 
     def length_as_text(self, epoch_size: float) -> str:
         """The length of a run of known `steps` in steps, samples, tokens and epochs."""

@@ -97,6 +97,9 @@ class Training:
             index_cache=config.loader.index_cache,
         )
         self.config = config = config.with_steps(self._dataset.epoch_size)
+        self._epoch_ends = (
+            config.epoch_ends(self._dataset.epoch_size) if config.keep_epochs else frozenset()
+        )
         self._batches = GlobalBatches(
             self._dataset,
             global_batch_size=config.global_batch_size,
@@ -114,7 +117,9 @@ class Training:
             self.engine,
             world,
             identity=identity(config, folder),
-            keep=Keep(newest=config.keep_checkpoints, every=config.keep_every),
+            keep=Keep(
+                newest=config.keep_checkpoints, every=config.keep_every, steps=self._epoch_ends
+            ),
             describe=self._describe,
         )
         self._stop_poll()
@@ -240,7 +245,8 @@ class Training:
         if is_due(config.validate_every) and done < config.steps and self._measured != done:
             self._measure()
         # A row of skipped steps may end the run, with the state before it.
-        if is_due(config.checkpoint_every) and not self.health.skipped_in_a_row:
+        save = is_due(config.checkpoint_every) or done in self._epoch_ends
+        if save and not self.health.skipped_in_a_row:
             self._save()
 
     def _make_step(self, step: int) -> StepResult:

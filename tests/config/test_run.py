@@ -252,3 +252,14 @@ def test_deepspeed_is_data_parallel_alone(changes: dict[str, Any], message: str)
     assert RunConfig(**values).deepspeed.stage == 2
     with pytest.raises(UsageError, match=message):
         RunConfig(**values, **changes)
+
+
+@pytest.mark.parametrize(
+    ("epoch_size", "ends"), [(40.0, {5, 10}), (39.0, {5, 10}), (41.0, {6}), (81.0, set())]
+)
+def test_steps_with_which_an_epoch_ends(epoch_size: float, ends: set[int]) -> None:
+    """Of 10 steps of 8 samples."""
+    data = DataConfig(sets=[DataSetConfig(name="a", path="p")])
+    paths = {"weights": Path("w"), "output": Path("o")}
+    config = RunConfig(**paths, data=data, context_length=64, global_batch_size=8, steps=10)
+    assert config.epoch_ends(epoch_size) == ends

@@ -1,6 +1,7 @@
 """Checkpoints: written in the background, whole or not there, kept and dropped, damage named."""
 
 import itertools
+import math
 import resource
 import shutil
 from collections.abc import Callable
@@ -14,12 +15,14 @@ import torch
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.data.loader import build_dataset
 from megatron_jam.parallel.world import World
 from megatron_jam.training import staging
 from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import SaveFailed, complete_checkpoints, mark_best
 from megatron_jam.training.loop import Training
 from megatron_jam.training.manifest import find_damage, read_manifest
+from megatron_jam.weights.folder import WeightsFolder
 from tests.helpers.pool import WorkerPool
 from tests.helpers.training import (
     LAYOUTS,
@@ -127,6 +130,21 @@ def test_which_checkpoints_stay(
     kept = [int(path.name[5:]) for path in complete_checkpoints(folder)]
     assert kept == [1, 3, 6, 7, 8]
     assert sorted(p.name for p in folder.iterdir() if not p.name.startswith("step-")) == ["best"]
+
+
+def test_each_epoch_leaves_a_checkpoint(
+    material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
+) -> None:
+    """Besides the newest one."""
+    values = settings(material, tmp_path / "run", ONE, steps=20, keep_epochs=True)
+    values |= {"global_batch_size": 4, "keep_checkpoints": 1}
+    pool.run(run_training, ONE, values)
+    kept = [int(path.name[5:]) for path in complete_checkpoints(tmp_path / "run/checkpoints")]
+    vocabulary = WeightsFolder(material[0]).vocabulary
+    dataset = build_dataset(values["data"], vocabulary, context_length=32, seed=0)
+    ends = [math.ceil(dataset.epoch_size * n / 4) for n in (1, 2)]
+    assert ends[0] > 5
+    assert kept == sorted({*(end for end in ends if end <= 20), 20})
 
 
 @pytest.fixture(scope="module")
