@@ -54,7 +54,7 @@ def main() -> None:
             stop_world()
             sys.exit(EXIT_REQUEUE)
         except (Unhealthy, CopiesDiffer) as reason:
-            logger.error("stopped: %s", reason)
+            logger.info("stopped: %s", reason)
             sys.exit(1)
         stop_world()
 

@@ -17,7 +17,7 @@ import yaml
 
 from megatron_jam.config.errors import UsageError
 
-_PATIENCE = 300.0
+_PATIENCE = 1200.0
 _RANK_WAIT = 60.0
 _SMALL_DISK_BYTES = 192 << 20
 _ROOT = Path(__file__).resolve().parents[1]

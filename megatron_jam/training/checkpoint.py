@@ -225,7 +225,7 @@ class Checkpoints:
         if on_damage == "stop":
             offer = f"goes on from {path}, the newest whole one" if path else "begins anew"
             raise UsageError(f"damaged checkpoint: {told}. `--on_damage previous` {offer}")
-        logger.warning("damaged checkpoint: %s. Put aside; taking %s", told, path or "none")
+        logger.info("damaged checkpoint: %s. Put aside; taking %s", told, path or "none")
         if self._world.rank == 0:
             for each in aside:
                 _put_aside(each)

@@ -78,7 +78,7 @@ class Health:
                 raise Unhealthy(what)
             if self._config.on_spike == "skip":
                 return what
-            logger.warning("%s", what)
+            logger.info("%s", what)
         self._losses.append(loss)
         return ""
 

@@ -155,13 +155,13 @@ class Training:
         try:
             self._train(first)
         except StopRequested as reason:
-            logger.warning("asked to stop by %s after step %d", reason, self._done)
+            logger.info("asked to stop by %s after step %d", reason, self._done)
             self._save(wait=True)
             self._stop_poll.leave(reason, self._done)
             raise
         except Unhealthy as reason:
             before = self._done - self.health.skipped_in_a_row
-            logger.error("stopping: %s | saving the state after step %d", reason, before)
+            logger.info("stopping: %s | saving the state after step %d", reason, before)
             self._saver.save(before, self._counters(self.health.state_before()), wait=True)
             raise
         finally:
@@ -253,7 +253,7 @@ class Training:
         config = self.config
         rate = config.optimizer.rate(step, config.steps)
         if self.health.leaves_out(step + 1):
-            logger.warning("step %d is left out, as health.skip_steps says", step + 1)
+            logger.info("step %d is left out, as health.skip_steps says", step + 1)
             return self.engine.forward.left_out(rate, LEFT_OUT)
         if config.dropout:
             seed_step(self.world, seed=config.seed, step=step)

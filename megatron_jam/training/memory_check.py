@@ -57,7 +57,7 @@ class MemoryCheck(Callback):
             -least / 1e9,
         )
         if planned > -least:
-            logger.warning(
+            logger.info(
                 "the plan is more than the device has: see tools/show_layout.py for other layouts,"
                 " micro-batches and recomputation"
             )

@@ -52,7 +52,7 @@ class Saver:
             self.newest, self._failed = -1, self._failed + 1
             if needed or self._failed >= MAX_FAILED:
                 raise
-            logger.error("%s | training goes on; the next save is tried in its turn", error)
+            logger.info("%s | training goes on; the next save is tried in its turn", error)
             return
         if path is not None:
             self._failed = 0

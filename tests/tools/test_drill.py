@@ -1,4 +1,4 @@
-"""The drills by themselves: real ranks under torchrun, real kills. Minutes, so only in test-slow."""
+"""The drills themselves: real ranks under torchrun, real kills. Minutes, so in test-slow alone."""
 
 import json
 from pathlib import Path

@@ -127,6 +127,7 @@ def fed(**values: Any) -> Health:
 
 
 def test_a_spike_is_told_of_skipped_or_stops_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="megatron_jam")
     health = fed()
     assert health.judge(4.55, 1.0) == ""
     assert not caplog.records
