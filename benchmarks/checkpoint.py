@@ -2,9 +2,11 @@
 watched; one thread a rank. `torchrun --nproc_per_node 2 -m benchmarks.checkpoint` has two replicas.
 """
 
+import itertools
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,68 +57,80 @@ def main(*, pairs: int = 5, folder: Path = Path(tempfile.gettempdir()), json: bo
         each.print(as_json=json)
 
 
-def saves(world: World, root: Path, pairs: int) -> list[Row]:
-    """Stall, save and load."""
-    model = JamModel(tower_config(TOWER, vocabulary=16_384, length=512), world, dtype=torch.float32)
-    optimizer = build_optimizer(wrap_chunks([model], world), OptimizerConfig())
-    settings = {"identity": {}, "keep": Keep(newest=1)}
-    ours = Checkpoints(root / "ours", [model], optimizer, world, **settings)
-    steps = iter(range(1, 10_000))
+class Saves:
+    """What is timed: our saves, Megatron's, and a copy of the files."""
 
-    def begin() -> None:
-        ours.save(next(steps), {})
+    def __init__(self, world: World, root: Path) -> None:
+        model = JamModel(
+            tower_config(TOWER, vocabulary=16_384, length=512), world, dtype=torch.float32
+        )
+        optimizer = build_optimizer(wrap_chunks([model], world), OptimizerConfig())
+        self._state = partial(sharded_state, [model], optimizer, world, is_loading=False)
+        self._world, self._root, self._steps = world, root, itertools.count(1)
+        self.ours = Checkpoints(
+            root / "ours", [model], optimizer, world, identity={}, keep=Keep(newest=1)
+        )
 
-    def whole() -> None:
-        begin()
-        ours.finish()
+    def newest(self) -> Path:
+        """The checkpoint that is there."""
+        (path,) = (self._root / "ours").glob("step-*")
+        return path
 
-    def plain() -> None:
-        path = root / "plain"
-        if world.rank == 0:
+    def begin(self) -> None:
+        """What training waits for."""
+        self.ours.save(next(self._steps), {})
+
+    def whole(self) -> None:
+        """Until the checkpoint is committed."""
+        self.begin()
+        self.ours.finish()
+
+    def plain(self) -> None:
+        """Megatron's, which waits, and writes no checksums."""
+        path = self._fresh("plain")
+        dist_checkpointing.save(self._state(), str(path))
+
+    def copy(self) -> None:
+        """The files' bytes, to the same file system."""
+        path = self._fresh("copy")
+        if self._world.rank == 0:
+            for each in self.newest().glob("*.*"):
+                if each.is_file():
+                    shutil.copyfile(each, path / each.name)
+                    _sync(path / each.name)
+        dist.barrier()
+
+    def _fresh(self, name: str) -> Path:
+        path = self._root / name
+        if self._world.rank == 0:
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir()
         dist.barrier()
-        state = sharded_state([model], optimizer, world, is_loading=False)
-        dist_checkpointing.save(state, str(path))
+        return path
 
-    def copy() -> None:
-        if world.rank == 0:
-            (newest,) = (root / "ours").glob("step-*")
-            shutil.rmtree(root / "copy", ignore_errors=True)
-            shutil.copytree(newest, root / "copy")
-            for each in (root / "copy").rglob("*"):
-                _sync(each)
-        dist.barrier()
 
-    stalls, after = [], []
+def saves(world: World, root: Path, pairs: int) -> list[Row]:
+    """Stall, save and load."""
+    timed = Saves(world, root)
+    stalls, over = [], []
     for _ in range(pairs + 1):
-        stall = seconds(begin)
-        ours.finish()
-        stalls.append(seconds(whole) / stall)
-        after.append(stall)
-    (newest,) = (root / "ours").glob("step-*")
-    size = sum(each.stat().st_size for each in newest.rglob("*") if each.is_file())
-    replicas = world.replicas.size
+        stalls.append(seconds(timed.begin))
+        timed.ours.finish()
+        over.append(seconds(timed.whole) / stalls[-1])
+    files = [each for each in timed.newest().rglob("*") if each.is_file()]
+    size = f"{sum(each.stat().st_size for each in files) / 1e6:.0f} MB"
+    compared = {
+        "speed of a waited save over Megatron's own": (
+            timed.whole,
+            timed.plain,
+        ),
+        "speed of a waited save over cp and fsync": (timed.whole, timed.copy),
+        "speed of checking and loading over cp and fsync": (timed.ours.load_latest, timed.copy),
+    }
     return [
-        row(
-            f"time of a waited save over an asynchronous one's stall, {size / 1e6:.0f} MB,"
-            f" {replicas} replica(s)",
-            stalls[1:],
-        ),
-        row("seconds of the stall itself", after[1:]),
-        speed_over(
-            "speed of a waited save over Megatron's dist_checkpointing.save",
-            whole,
-            plain,
-            pairs=pairs,
-        ),
-        speed_over("speed of a waited save over cp and fsync", whole, copy, pairs=pairs),
-        speed_over(
-            "speed of checking and loading over cp and fsync",
-            ours.load_latest,
-            copy,
-            pairs=pairs,
-        ),
+        row(f"{size}: time of a waited save over an asynchronous one's stall", over[1:]),
+        row("seconds of the stall", stalls[1:]),
+        *(speed_over(name, *runs, pairs=pairs) for name, runs in compared.items()),
     ]
 
 

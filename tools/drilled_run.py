@@ -195,45 +195,19 @@ def make_material(folder: Path) -> Path:
     settings = folder / "run.yaml"
     if settings.is_file():
         return settings
-    shutil.rmtree(folder / "material", ignore_errors=True)
     material = folder / "material"
+    shutil.rmtree(material, ignore_errors=True)
     material.mkdir()
-    words = (
-        "the",
-        "sea",
-        "is",
-        "calm",
-        "and",
-        "wide",
-        "but",
-        "ships",
-        "are",
-        "small",
-        "at",
-        "night",
-    )
-    texts = [
-        " ".join(words[(i * 7 + j * j + i * j) % len(words)] for j in range(5 + i % 23))
-        for i in range(400)
-    ]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (material / "texts.jsonl").write_text(lines)
+    texts, tokenizer = material / "texts.jsonl", material / "tokenizer"
+    _write_texts(texts)
     tower = {"num_layers": 2, "hidden_size": 64, "num_heads": 4}
-    model = {
-        "towers": {"image": tower, "text": tower},
-        "max_positions": 64,
-        "bridges": {"every": 2},
-    }
+    towers = {"image": tower, "text": tower}
+    model = {"towers": towers, "max_positions": 64, "bridges": {"every": 2}}
     (material / "model.yaml").write_text(yaml.safe_dump(model))
-    tokenizer = material / "tokenizer"
     train_text_tokenizer.main(
-        [str(material / "texts.jsonl")],
-        str(tokenizer),
-        vocab_size=320,
-        num_image_codes=16,
-        num_sentinels=4,
+        [str(texts)], str(tokenizer), vocab_size=320, num_image_codes=16, num_sentinels=4
     )
-    prepare_text.main(str(material / "texts.jsonl"), str(tokenizer), str(material / "texts"))
+    prepare_text.main(str(texts), str(tokenizer), str(material / "texts"))
     init.main(material / "model.yaml", tokenizer, material / "weights")
     sets = [{"name": "texts", "path": str(material / "texts")}]
     run = {
@@ -251,3 +225,25 @@ def make_material(folder: Path) -> Path:
     }
     settings.write_text(yaml.safe_dump(run))
     return settings
+
+
+def _write_texts(path: Path) -> None:
+    words = [
+        "the",
+        "sea",
+        "is",
+        "calm",
+        "and",
+        "wide",
+        "but",
+        "ships",
+        "are",
+        "small",
+        "at",
+        "night",
+    ]
+    lines = []
+    for i in range(400):
+        text = " ".join(words[(i * 7 + j * j + i * j) % len(words)] for j in range(5 + i % 23))
+        lines.append(json.dumps({"text": text}) + "\n")
+    path.write_text("".join(lines))
