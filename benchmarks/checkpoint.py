@@ -18,17 +18,18 @@ from benchmarks.timing import Row, Run, row, seconds, speed_over
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.model import TowerConfig
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.config.run import OptimizerConfig, load_run_config
+from megatron_jam.config.run import RunConfig, load_run_config
 from megatron_jam.models.jam import JamModel
 from megatron_jam.parallel.world import World, start_world, stop_world
+from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.training.checkpoint import Checkpoints, Keep
+from megatron_jam.training.engine import MegatronEngine
 from megatron_jam.training.loop import Training
-from megatron_jam.training.optimizer import build_optimizer, wrap_chunks
-from megatron_jam.training.state import sharded_state
 from megatron_jam.training.step import train_step
 from megatron_jam.weights.folder import WeightsFolder
 from tools.drilled_run import make_material
 
+VOCABULARY = 16_384
 TOWER = TowerConfig(num_layers=4, hidden_size=512, num_heads=8)
 STEPS_OF_A_PAIR = 20
 
@@ -47,29 +48,28 @@ def main(*, pairs: int = 5, folder: Path = Path(tempfile.gettempdir()), json: bo
     dist.broadcast_object_list(name)
     root = Path(name[0])
     try:
-        rows = [*saves(world, root, pairs), checks(world, root, pairs)]
+        config = small_run(world, root)
+        rows = [*saves(config, world, root, pairs), checks(config, world, pairs)]
+        for each in rows if world.rank == 0 else ():
+            each.print(as_json=json)
     finally:
-        dist.barrier()
         if world.rank == 0:
-            shutil.rmtree(root)
+            shutil.rmtree(root, ignore_errors=True)
+    dist.barrier()
     stop_world()
-    for each in rows if world.rank == 0 else ():
-        each.print(as_json=json)
 
 
 class Saves:
     """What is timed: our saves, Megatron's, and a copy of the files."""
 
-    def __init__(self, world: World, root: Path) -> None:
-        model = JamModel(
-            tower_config(TOWER, vocabulary=16_384, length=512), world, dtype=torch.float32
-        )
-        optimizer = build_optimizer(wrap_chunks([model], world), OptimizerConfig())
-        self._state = partial(sharded_state, [model], optimizer, world, is_loading=False)
+    def __init__(self, config: RunConfig, world: World, root: Path) -> None:
+        large = tower_config(TOWER, vocabulary=VOCABULARY, length=512)
+        ids = {"text_size": VOCABULARY - 20, "num_image_codes": 2, "num_sentinels": 16}
+        model = JamModel(large, world, dtype=torch.float32)
+        engine = MegatronEngine([model], config, world, JointVocabulary.build(**ids))
+        self._state = partial(engine.sharded_state, is_loading=False)
         self._world, self._root, self._steps = world, root, itertools.count(1)
-        self.ours = Checkpoints(
-            root / "ours", [model], optimizer, world, identity={}, keep=Keep(newest=1)
-        )
+        self.ours = Checkpoints(root / "ours", engine, world, identity={}, keep=Keep(newest=1))
 
     def newest(self) -> Path:
         """The checkpoint that is there."""
@@ -109,9 +109,9 @@ class Saves:
         return path
 
 
-def saves(world: World, root: Path, pairs: int) -> list[Row]:
+def saves(config: RunConfig, world: World, root: Path, pairs: int) -> list[Row]:
     """Stall, save and load."""
-    timed = Saves(world, root)
+    timed = Saves(config, world, root)
     stalls, over = [], []
     for _ in range(pairs + 1):
         stalls.append(seconds(timed.begin))
@@ -134,17 +134,23 @@ def saves(world: World, root: Path, pairs: int) -> list[Row]:
     ]
 
 
-def checks(world: World, root: Path, pairs: int) -> Row:
-    """What a step takes beyond its computation: batch-wise alternation of a run's whole step, with
-    a log line each, and the computation alone."""
+def small_run(world: World, root: Path) -> RunConfig:
+    """A run of a model whose steps are short, with a log line each."""
     if world.rank == 0:
         make_material(root)
     dist.barrier()
-    changes = {"steps": 100_000, "checkpoint_every": 0, "validate_every": 0, "dropout": 0}
-    changes |= {"config": root / "run.yaml", "output": root / "run", "log_every": 1}
-    config = load_run_config([f"--{name}={value}" for name, value in changes.items()])
+    changes = {"config": root / "run.yaml", "output": root / "run", "log_every": 1}
+    changes |= {"steps": 100_000, "checkpoint_every": 0, "validate_every": 0, "dropout": 0}
+    return load_run_config([f"--{name}={value}" for name, value in changes.items()])
+
+
+def checks(config: RunConfig, world: World, pairs: int) -> Row:
+    """What a step takes beyond its computation: a run's whole steps and the computation alone take
+    turns."""
     training = Training(config, WeightsFolder(config.weights), world, lambda *_: {})
     training._prepare()
+    engine = training.engine
+    assert isinstance(engine, MegatronEngine)
     steps = iter(range(100_000))
 
     def watched() -> None:
@@ -154,7 +160,7 @@ def checks(world: World, root: Path, pairs: int) -> Row:
     def bare() -> None:
         for _ in range(STEPS_OF_A_PAIR):
             batches = training._batches(next(steps))
-            train_step(training._step, training._optimizer, batches, RATE)
+            train_step(engine.forward, engine.optimizer, batches, RATE)
 
     found = []
     for number in range(pairs + 2):
