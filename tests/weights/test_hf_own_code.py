@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
+from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import BridgeConfig, ModelConfig
+from megatron_jam.fusion.fuse import fuse
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.hf_export import export_hugging_face
 from megatron_jam.weights.hf_import import read_hugging_face
@@ -167,6 +169,18 @@ def test_the_command_says_why(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     back = WeightsFolder(tmp_path / "back")
     assert back.provenance["sha256"] == WeightsFolder(weights).provenance["sha256"]
+
+
+def test_a_diagonal_width(tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in ("text", "image")}
+    for seed, path in enumerate(paths.values()):
+        pico_folder(path, pico_config("tower", **OPT), seed=seed, dtype=torch.float32)
+    fuse(FusionRecipe(method="width", fill="diagonal", output=tmp_path / "w", **paths))
+    export_hugging_face(tmp_path / "w", tmp_path / "hf")
+    folder = WeightsFolder(tmp_path / "w")
+    with torch.no_grad():
+        found = load(tmp_path / "hf")(TOKENS).logits
+    assert (found - reference_logits(folder.config, folder.read, TOKENS)).abs().max() < 1e-4
 
 
 def test_own_code_can_be_asked_for(tmp_path: Path) -> None:
