@@ -15,6 +15,7 @@ from megatron_jam.config.errors import UsageError
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.config.run import FactorsConfig, OptimizerConfig
 from megatron_jam.parallel.world import World
+from megatron_jam.training.export import export_checkpoint
 from megatron_jam.training.health import Health
 from megatron_jam.training.zero import import_deepspeed
 from tests.helpers.pool import WorkerPool
@@ -53,14 +54,19 @@ def run_zero(world: World, values: dict[str, Any]) -> None:
 
 
 def run(
-    pool: WorkerPool, material: tuple[Path, Path], output: Path, kind: str, **changes: Any
+    pool: WorkerPool,
+    material: tuple[Path, Path],
+    output: Path,
+    kind: str,
+    data: int = 2,
+    **changes: Any,
 ) -> None:
     values = settings(material, output, ALONE, **{**RUN, **changes})
     if kind == "megatron":
-        pool.run(run_training, ALONE, values, data=2)
+        pool.run(run_training, ALONE, values, data=data)
         return
     values |= {"engine": "deepspeed", "deepspeed": DeepSpeedConfig(**KINDS[kind])}
-    pool.run(run_zero, ALONE, values, data=2)
+    pool.run(run_zero, ALONE, values, data=data)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +99,7 @@ def test_both_engines_learn_the_same(
     assert distance(tensors(calm), tensors(tmp_path / "run")) < 1e-4
 
 
-def test_checkpoints_move_between_stages_and_engines(
+def test_checkpoints_move_between_stages_engines_and_numbers_of_ranks(
     pool: WorkerPool, material: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Also gates, norms of heads and an untied head; a frozen tower; a factor of the rate."""
@@ -102,9 +108,9 @@ def test_checkpoints_move_between_stages_and_engines(
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=1, epsilon=1e-4, factors=factors)
     changes = {"steps": 8, "freeze": ["text"], "optimizer": optimizer}
     run(pool, material, tmp_path / "calm", "megatron", **changes)
-    kinds = ("stage 2", "stage 3", "megatron", "stage 2, optimizer on the host")
-    for kind, stop in zip(kinds, (2, 4, 6, 0), strict=True):
-        run(pool, material, tmp_path / "moved", kind, **changes, stop_at=stop)
+    kinds = {"stage 2": 1, "stage 3": 2, "megatron": 1, "stage 2, optimizer on the host": 2}
+    for (kind, ranks), stop in zip(kinds.items(), (2, 4, 6, 0), strict=True):
+        run(pool, material, tmp_path / "moved", kind, ranks, **changes, stop_at=stop)
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "calm"), abs=1e-4)
     assert distance(tensors(tmp_path / "calm"), tensors(tmp_path / "moved")) < 1e-4
 
@@ -129,9 +135,12 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     one, other = tensors(tmp_path / "whole"), tensors(tmp_path / "broken")
     assert all(torch.equal(one[name], other[name]) for name in one)
+    export_checkpoint(tmp_path / "broken/checkpoints/step-00000004", tmp_path / "out/weights")
+    exported = tensors(tmp_path / "out")
+    assert all(torch.equal(one[name], exported[name]) for name in one)
 
 
-@pytest.mark.parametrize("kind", ["stage 2", "stage 3"])
+@pytest.mark.parametrize("kind", ["stage 2", pytest.param("stage 3", marks=pytest.mark.slow)])
 def test_a_refused_step_changes_nothing(
     pool: WorkerPool, material: tuple[Path, Path], tmp_path: Path, kind: str
 ) -> None:
