@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import zstandard
 from PIL import Image
 
 from megatron_jam.data.prepare import readers, writing
@@ -79,8 +78,11 @@ def write_bytes(path: Path, data: bytes) -> Path:
     if path.suffix == ".gz":
         data = gzip.compress(data)
     elif path.suffix == ".zst":
-        half = len(data) // 2  # two frames, as pzstd and appended files have
-        data = b"".join(zstandard.compress(part) for part in (data[:half], data[half:]))
+        third = len(data) // 3  # two frames, as pzstd and appended files have
+        data = b"".join(
+            pyarrow.compress(part, codec="zstd", asbytes=True)
+            for part in (data[:third], data[third:])
+        )
     path.write_bytes(data)
     return path
 
