@@ -5,6 +5,7 @@ The chain is what transformers' generate does with two streams: log-softmax of b
 temperature, top-p by a sort, softmax and multinomial. Ours is the public call, Python included.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -19,7 +20,7 @@ from megatron_jam.ops.guided_sampling import guided_sample, truncated_probabilit
 
 SCALE, TOP_P, TEMPERATURE = 3.5, 0.9, 1.0
 REPEATS = 20
-"""Calls that are timed together: one takes microseconds."""
+"""Rows that are timed together, at least: one takes microseconds."""
 
 
 def main(
@@ -38,21 +39,21 @@ def main(
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device is cuda, but torch finds no GPU")
     torch.set_num_threads(1)
-    for vocabulary in [tokens] if tokens else [65_536, 8_192]:
-        for spread in (1.0, 3.0):
-            cond, uncond = logits(1, vocabulary, spread, device)
-            check(cond, uncond)
-            ours = timed(lambda c=cond, u=uncond: draw(c, u), device)
-            name = f"{vocabulary} ids, N(0, {spread:.0f}):"
-            chain = timed(lambda c=cond, u=uncond: hugging_face(c, u), device)
-            speed_over(f"{name} speed over transformers", ours, chain, pairs=pairs).print(
-                as_json=json
-            )
-            both = torch.cat([cond, uncond])
-            copy = timed(lambda to=torch.empty_like(both), b=both: to.copy_(b), device)
-            speed_over(f"{name} speed over a copy of both rows", ours, copy, pairs=pairs).print(
-                as_json=json
-            )
+    for vocabulary, rows, spread in itertools.product(
+        [tokens] if tokens else [65_536, 8_192], (1, 64), (1.0, 3.0)
+    ):
+        cond, uncond = logits(rows, vocabulary, spread, device)
+        calls = max(REPEATS // rows, 1)
+        check(cond, uncond)
+        ours = timed(lambda c=cond, u=uncond: draw(c, u), device, calls=calls)
+        name = f"{rows} x {vocabulary} ids, N(0, {spread:.0f}):"
+        chain = timed(lambda c=cond, u=uncond: hugging_face(c, u), device, calls=calls)
+        speed_over(f"{name} speed over transformers", ours, chain, pairs=pairs).print(as_json=json)
+        both = torch.cat([cond, uncond])
+        copy = timed(lambda to=torch.empty_like(both), b=both: to.copy_(b), device, calls=calls)
+        speed_over(f"{name} speed over a copy of both rows", ours, copy, pairs=pairs).print(
+            as_json=json
+        )
     if device == "cpu":
         threads(pairs, json)
 
@@ -119,11 +120,11 @@ def check(cond: Tensor, uncond: Tensor) -> None:
     torch.testing.assert_close(ours, hugging_face_probabilities(cond, uncond), rtol=1e-4, atol=1e-9)
 
 
-def timed(call: Callable[[], object], device: str) -> Run:
+def timed(call: Callable[[], object], device: str, *, calls: int) -> Run:
     """Several calls, up to the end of what they started."""
 
     def run() -> None:
-        for _ in range(REPEATS):
+        for _ in range(calls):
             call()
         if device == "cuda":
             torch.cuda.synchronize()
