@@ -54,6 +54,7 @@ def unfuse(weights: Path, tower: str, output: Path) -> ModelConfig:
     ) as writer:
         for entry in table:
             writer.write(entry.name, part(child, entry.name, tower))
+        child.unchanged.check()
         writer.finish(_origin(child, tower))
     logger.info("wrote %s: %s parameters", output, f"{num_parameters(config):,}")
     return config
