@@ -15,12 +15,23 @@ struct Stream {
   const uint32_t* order;  // [num_documents]: which document comes
   const int64_t* ends;    // [num_documents]: tokens of the stream up to and with it
   int64_t num_documents;
+
+  // The stream's token `at`, which is in the document at `place` of the order.
+  const Token* token(int64_t place, int64_t at) const {
+    return tokens + starts[order[place]] + (at - (place ? ends[place - 1] : 0));
+  }
 };
 
 struct Filled {
   int64_t size;      // tokens written
   int32_t document;  // the next document's number
 };
+
+template <typename Token>
+void prefetch(const Token* tokens, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(Token);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(tokens + i);
+}
 
 // Copies the stream's tokens [start, stop), which are in it, and numbers their documents from
 // `document` on.
@@ -29,11 +40,14 @@ Filled read_stream(const Stream<Token>& stream, int64_t start, int64_t stop, int
                    int32_t* out_tokens, int32_t* out_documents) {
   const int64_t* const ends = stream.ends;
   int64_t place = std::upper_bound(ends, ends + stream.num_documents, start) - ends;
+  // The documents lie anywhere in the file: all are asked for before the first is waited for.
+  for (int64_t ahead = place, at = start; at < stop; at = ends[ahead++]) {
+    prefetch(stream.token(ahead, at), std::min(ends[ahead], stop) - at);
+  }
   int64_t written = 0;
   for (; start < stop; ++place) {
-    const int64_t begin = place ? ends[place - 1] : 0;
     const int64_t take = std::min(ends[place], stop) - start;
-    const Token* const from = stream.tokens + stream.starts[stream.order[place]] + (start - begin);
+    const Token* const from = stream.token(place, start);
     std::copy(from, from + take, out_tokens + written);
     std::fill(out_documents + written, out_documents + written + take, document);
     document += take > 0;
