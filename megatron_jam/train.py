@@ -17,6 +17,7 @@ def main() -> None:
     # Imported here: saving a checkpoint spawns a process, which imports this file again.
     from megatron_jam.config.run import load_run_config
     from megatron_jam.evaluation.perplexity import measure_sets
+    from megatron_jam.evaluation.sampled_sheet import SampledSheet
     from megatron_jam.models.jam import check_layout
     from megatron_jam.parallel.world import start_world, stop_world
     from megatron_jam.training.health import Unhealthy
@@ -49,7 +50,8 @@ def main() -> None:
             )
 
         try:
-            Training(config, folder, world, validate).run()
+            sheet = SampledSheet(config, writes=world.rank == 0)
+            Training(config, folder, world, validate, [sheet]).run()
         except StopRequested:
             stop_world()
             sys.exit(EXIT_REQUEUE)

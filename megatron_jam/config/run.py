@@ -19,6 +19,7 @@ from megatron_jam.config.health import HealthConfig
 from megatron_jam.config.loss import LossConfig
 from megatron_jam.config.model import PAIR
 from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.config.sheet import SheetConfig
 
 FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """What a rank's widths and tokens must be multiples of under each FP8 recipe."""
@@ -191,6 +192,9 @@ class RunConfig:
 
     log_every: int = 10
     """Steps between log lines."""
+
+    sheet: SheetConfig = field(default_factory=SheetConfig)
+    """Pictures drawn at each validation."""
 
     wandb: str = ""
     """Project of Weights & Biases that the run reports to besides; none by default. Needs the

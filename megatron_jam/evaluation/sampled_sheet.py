@@ -1,0 +1,114 @@
+"""A sheet of pictures that the live model draws at each validation: OUTPUT/sheets/step-N.png."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import publish, temporary_name
+from megatron_jam.config.log import logger
+from megatron_jam.config.run import RunConfig
+from megatron_jam.generation.decoder import Decoder
+from megatron_jam.tokenizers.document import image_prompt, split_document
+from megatron_jam.tokenizers.image import image_from_pixels
+from megatron_jam.tokenizers.image_folder import load_image_tokenizer
+from megatron_jam.tokenizers.text import TextTokenizer
+from megatron_jam.training.callbacks import Callback
+from megatron_jam.training.loop import Training
+from megatron_jam.training.losses import Losses
+
+COLUMNS, SPACE = 4, 16
+"""Pictures in a row; pixels above each for its caption."""
+
+
+class SampledSheet(Callback):
+    """Draws one picture for each caption of `sheet.captions`, always with the same random numbers."""
+
+    def __init__(self, config: RunConfig, *, writes: bool) -> None:
+        """Draw for a run of `config`; one rank writes.
+
+        Raises:
+            UsageError: the layout cannot generate.
+        """
+        self._config, self._writes = config, writes
+        self._training: Training | None = None
+        parallel = config.parallel
+        if config.sheet.captions and (
+            parallel.pipeline > 1 or parallel.sequence or config.engine != "megatron"
+        ):
+            raise UsageError(
+                "sheet.captions need parallel.pipeline 1, no parallel.sequence and engine megatron;"
+                " leave them out, and draw from a checkpoint with tools/export_weights.py and"
+                " tools/generate.py"
+            )
+
+    def begins(self, training: Training, first: int) -> None:
+        """Load the tokenizers."""
+        sheet = self._config.sheet
+        if not sheet.captions:
+            return
+        self._training, folder = training, training.folder
+        self._images = load_image_tokenizer(sheet.image_tokenizer).to(training.world.device)
+        if self._images.num_codes != folder.vocabulary.image.size:
+            raise UsageError(
+                f"sheet.image_tokenizer has {self._images.num_codes} codes, the vocabulary"
+                f" {folder.vocabulary.image.size}; give the one of the training pictures"
+            )
+        text = TextTokenizer.load(folder.tokenizer_path)
+        self._prompts = [
+            image_prompt(folder.vocabulary, text.encode(each.rstrip())) for each in sheet.captions
+        ]
+        (model,) = training.chunks
+        self._decoder = Decoder(
+            model,
+            training.world,
+            folder.vocabulary,
+            tokens_per_image=self._images.tokens_per_image,
+        )
+
+    def validated(self, step: int, measured: Mapping[str, Losses]) -> None:
+        """Draw the sheet; all ranks take part."""
+        if self._training is None:
+            return
+        (model,) = self._training.chunks
+        model.eval()
+        # A caption's picture alone: one that has begun is always finished.
+        settings = dataclasses.replace(self._config.sheet.sampling, max_new_tokens=1)
+        written = self._decoder.generate(self._prompts, settings)
+        vocabulary = self._training.folder.vocabulary
+        codes = [
+            next(content for kind, content in split_document(vocabulary, each) if kind == "image")
+            for each in written
+        ]
+        with torch.no_grad():
+            device = self._training.world.device
+            pixels = self._images.decode(
+                torch.stack([torch.from_numpy(c) for c in codes]).to(device)
+            )
+        if self._writes:
+            path = self._config.output / "sheets" / f"step-{step:08d}.png"
+            save_sheet(
+                [image_from_pixels(each) for each in pixels], self._config.sheet.captions, path
+            )
+            logger.info("step %d | drew %d pictures: %s", step, len(codes), path)
+
+
+def save_sheet(pictures: list[Image.Image], captions: list[str], path: Path) -> None:
+    """Write pictures in rows, each under its caption, as PNG; whole or not at all."""
+    size = max(pictures[0].width, 64)
+    rows = -(-len(pictures) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * size, rows * (size + SPACE)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        y, x = divmod(number, COLUMNS)
+        place = (x * size, y * (size + SPACE))
+        pen.text((place[0] + 2, place[1] + 2), caption[: size // 6], fill="black")
+        enlarged = picture.resize((size, size), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (place[0], place[1] + SPACE))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    sheet.save(temporary, format="PNG")
+    publish(temporary, path)
