@@ -25,7 +25,7 @@ COLUMNS, SPACE = 4, 16
 
 
 class SampledSheet(Callback):
-    """Draws one picture for each caption of `sheet.captions`, always with the same random numbers."""
+    """Draws a picture for each of `sheet.captions`, always with the same random numbers."""
 
     def __init__(self, config: RunConfig, *, writes: bool) -> None:
         """Draw for a run of `config`; one rank writes.
