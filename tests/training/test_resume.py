@@ -172,7 +172,7 @@ def isolated_loss(folder: WeightsFolder, data: DataConfig) -> float:
     dataset = build_dataset(data, folder.vocabulary, context_length=32, seed=0)
     nats = []
     for sample in (dataset.sample(i) for i in range(2)):
-        tokens = torch.from_numpy(np.append(sample.tokens, sample.labels[-1]))
+        tokens = torch.from_numpy(np.append(sample.tokens, sample.labels[-1])).long()
         for number in np.unique(sample.documents):
             part = tokens[torch.from_numpy(sample.documents == number)]
             if len(part) > 1:
