@@ -1,7 +1,6 @@
-"""Measure a weights folder's perplexity on prepared sets."""
+"""Measure the perplexity of weights folders on texts and captioned pictures."""
 
 import json
-import math
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +11,15 @@ from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.evaluation.perplexity import measure_folder
+from megatron_jam.evaluation.sources import (
+    PictureConfig,
+    prepared_sets,
+    scratch_folder,
+)
 from megatron_jam.parallel.device import DTYPES
 from megatron_jam.parallel.world import start_world, stop_world
+from megatron_jam.training.metrics import perplexity_of
+from megatron_jam.weights.folder import WeightsFolder
 
 
 def main(
@@ -25,40 +31,54 @@ def main(
     isolate_documents: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
     parallel: ParallelConfig = ParallelConfig(),
+    pictures: PictureConfig = PictureConfig(),
+    scratch: Path | None = None,
     output: Path | None = None,
 ) -> None:
-    """Print perplexities by modality; every token counts once, nothing is masked.
+    """Print perplexities: of all tokens, and of text and image codes by themselves.
+
+    Every token counts once, nothing is masked, so that a result is the same whenever and under
+    whatever layout it is measured.
 
     Args:
-        weights: weights folders to measure.
-        sets: prepared sets as `[{name: ..., path: PREFIX}, ...]`.
+        weights: weights folders; tools/export_weights.py makes one of a training checkpoint.
+        sets: what to measure on, as `[{name: ..., path: ...}, ...]`: the PREFIX of a prepared set,
+            a .jsonl (.gz, .zst), .parquet, .csv or .tsv of texts, a .jsonl of captions with image
+            or codes, or a .json of captions as COCO has them.
         context_length: tokens that are read at once.
         micro_batch_size: contexts computed at once.
         isolate_documents: read each document by itself, for models that were trained so.
         precision: of weights and activations; losses are summed in fp32 and more.
         parallel: layout, under torchrun.
+        pictures: how pictures of captions become codes.
+        scratch: folder for what has to be prepared, which stays; ranks of several hosts need one
+            that all of them see. By default a temporary one.
         output: JSON file of the results.
     """
     if not weights or not sets:
         raise UsageError("name at least one weights folder and one set")
     world = start_world(parallel)
     results = []
-    for folder in weights:
-        measured = measure_folder(
-            folder,
-            sets,
-            world,
-            context_length=context_length,
-            micro_batch_size=micro_batch_size,
-            isolate_documents=isolate_documents,
-            dtype=DTYPES[precision],
-        )
-        for name, losses in measured.items():
-            perplexity = {k: math.exp(min(v, 700)) for k, v in losses.by_modality().items()}
-            perplexity["all"] = math.exp(min(losses.mean, 700))
-            results.append({"weights": str(folder), "set": name, "perplexity": perplexity})
-            figures = ", ".join(f"{k} {v:.2f}" for k, v in perplexity.items())
-            logger.info("%s | %s | perplexity %s", folder, name, figures)
+    with scratch_folder(scratch, world) as room:
+        for path in weights:
+            measured = measure_folder(
+                path,
+                prepared_sets(sets, WeightsFolder(path), pictures, room, world),
+                world,
+                context_length=context_length,
+                micro_batch_size=micro_batch_size,
+                isolate_documents=isolate_documents,
+                dtype=DTYPES[precision],
+            )
+            for name, losses in measured.items():
+                perplexity = {k: perplexity_of(v) for k, v in losses.by_modality().items()}
+                perplexity["all"] = perplexity_of(losses.mean)
+                tokens = losses.tokens()
+                results.append(
+                    {"weights": str(path), "set": name, "perplexity": perplexity, "tokens": tokens}
+                )
+                figures = ", ".join(f"{k} {v:.2f}" for k, v in perplexity.items())
+                logger.info("%s | %s | perplexity %s", path, name, figures)
     if output is not None and world.rank == 0:
         write_text_atomically(output, json.dumps(results, indent=2) + "\n")
     stop_world()
