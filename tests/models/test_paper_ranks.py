@@ -9,7 +9,7 @@ from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.models.jam import JamModel
 from megatron_jam.models.sharding import holders, span
 from megatron_jam.parallel.world import World
-from tests.examples.test_configs import CONFIGS, PAPER_COUNTS
+from tests.examples.test_configs import CONFIGS, COUNTS
 from tests.helpers.fake import ranks_of_one_replica
 
 LAYOUT = ParallelConfig(tensor=8, pipeline=4, sequence=True)
@@ -30,12 +30,12 @@ def local_size(model: JamModel, world: World) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", PAPER_COUNTS)
+@pytest.mark.parametrize("name", COUNTS)
 def test_one_replica_holds_the_exact_count(name: str) -> None:
-    config = ModelConfig.from_dict(read_settings(CONFIGS / f"{name}.yaml"))
+    config = ModelConfig.from_dict(read_settings(CONFIGS / "models" / f"{name}.yaml"))
     sizes = []
     for world in ranks_of_one_replica(LAYOUT, RANKS):
         model = JamModel(config, world, dtype=torch.bfloat16)
         sizes.append(local_size(model, world))
     assert len(sizes) == LAYOUT.tensor * LAYOUT.pipeline
-    assert sum(sizes) == PAPER_COUNTS[name]
+    assert sum(sizes) == COUNTS[name]
