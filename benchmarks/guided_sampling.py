@@ -17,6 +17,7 @@ from benchmarks.timing import Run, speed_over
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
 from megatron_jam.ops.guided_sampling import guided_sample, truncated_probabilities
+from megatron_jam.parallel.device import select_device, synchronize
 
 SCALE, TOP_P, TEMPERATURE = 3.5, 0.9, 1.0
 REPEATS = 20
@@ -36,7 +37,7 @@ def main(
     """
     if pairs < 1:
         raise UsageError(f"pairs is {pairs}; it must be at least 1")
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and select_device().type != "cuda":
         raise UsageError("device is cuda, but torch finds no GPU")
     torch.set_num_threads(1)
     for vocabulary, rows, spread in itertools.product(
@@ -126,8 +127,7 @@ def timed(call: Callable[[], object], device: str, *, calls: int) -> Run:
     def run() -> None:
         for _ in range(calls):
             call()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(torch.device(device))
 
     return run
 

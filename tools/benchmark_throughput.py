@@ -1,4 +1,8 @@
-"""Try layouts, micro-batches and recomputation of a model on the devices at hand, and time them."""
+"""Try layouts, micro-batches and recomputation of a model on the devices at hand, and time them.
+
+Each combination runs in processes of its own, so that one that fails (out of memory, a layout that
+does not fit, a hang) is listed with its reason, and the next one is tried.
+"""
 
 import itertools
 import json
@@ -44,9 +48,6 @@ def main(
         torchrun --nproc_per_node 2 tools/benchmark_throughput.py MODEL.yaml sweep.json
             --context_length 128 --global_batch_size 8
 
-    Each combination runs in processes of its own, so that one that fails (out of memory, a layout
-    that does not fit, a hang) is listed with its reason, and the next one is tried.
-
     Args:
         config: YAML or JSON of a model.
         output: JSON file of the results; the picture is beside it, as .png.
@@ -66,39 +67,40 @@ def main(
     values = read_json(config) if config.suffix == ".json" else read_settings(config)
     values |= {"vocab_size": vocab_size} if vocab_size else {}
     model = ModelConfig.from_dict(values)
+    _check_sizes(model, steps, global_batch_size, context_length)
     earlier = {row["name"]: row for row in read_json(compare)["rows"]} if compare else {}
+    _join()
+    sizes = {"context_length": context_length, "global_batch_size": global_batch_size}
+    fixed = {"model": values, **sizes, "precision": precision}
+    chosen = layouts or list(possible_layouts(model, dist.get_world_size()))
+    places = ("parallel", "micro_batch_size", "recompute")
+    rows = []
+    for each in itertools.product(chosen, micro_batch_sizes or [1], recompute or ["none", "full"]):
+        settings = dict(zip(places, each, strict=True))
+        trial = Trial(**fixed, **settings, backend=backend, steps=steps)
+        rows.append(_tried(trial, timeout))
+    if dist.get_rank() == 0:
+        sys.stdout.write(as_table(rows, earlier) + "\n")
+        write_text_atomically(output, json.dumps({**fixed, "rows": rows}, indent=2) + "\n")
+        draw(rows, output.with_suffix(".png"))
+    dist.destroy_process_group()
+
+
+def _check_sizes(
+    model: ModelConfig, steps: int, global_batch_size: int, context_length: int
+) -> None:
     if steps < 1 or global_batch_size < 1 or not 1 <= context_length <= model.max_positions:
         raise UsageError(
             "steps and global_batch_size must be at least 1, context_length at most the model's"
             f" max_positions {model.max_positions}"
         )
-    _join()
-    chosen = layouts or list(possible_layouts(model, dist.get_world_size()))
-    rows = []
-    for parallel, micro, again in itertools.product(
-        chosen, micro_batch_sizes or [1], recompute or ["none", "full"]
-    ):
-        trial = Trial(
-            model=values,
-            parallel=parallel,
-            micro_batch_size=micro,
-            recompute=again,
-            context_length=context_length,
-            global_batch_size=global_batch_size,
-            precision=precision,
-            backend=backend,
-            steps=steps,
-        )
-        found = run_trial(trial, timeout=timeout)
-        rows.append({"name": trial.name, **found})
-        logger.info("%s: %s", trial.name, found.get("failure") or f"{found['tflops']:.3g} TFLOP/s")
-    if dist.get_rank() == 0:
-        sys.stdout.write(as_table(rows, earlier) + "\n")
-        sizes = {"context_length": context_length, "global_batch_size": global_batch_size}
-        result = {"model": values, **sizes, "precision": precision, "rows": rows}
-        write_text_atomically(output, json.dumps(result, indent=2) + "\n")
-        draw(rows, output.with_suffix(".png"))
-    dist.destroy_process_group()
+
+
+def _tried(trial: Trial, timeout: float) -> dict:
+    """The row of a trial."""
+    found = run_trial(trial, timeout=timeout)
+    logger.info("%s: %s", trial.name, found.get("failure") or f"{found['tflops']:.3g} TFLOP/s")
+    return {"name": trial.name, **found}
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -214,7 +214,10 @@ def test_a_twin_differs_in_size_alone(phase: str) -> None:
     assert yaml.safe_load((CONFIGS / "tiny" / "steps.yaml").read_text())["parallel"]["tensor"] == 2
 
 
-@pytest.mark.parametrize("phase", ["alignment/cross", "ablations/width_average"])
+@pytest.mark.parametrize(
+    "phase",
+    ["alignment/cross", pytest.param("ablations/width_average", marks=pytest.mark.slow)],
+)
 def test_a_twin_runs(pool: WorkerPool, phase: str, workspace: Path) -> None:
     config = load_run_config(arguments(phase))
     data = 2 // config.parallel.tensor

@@ -41,6 +41,9 @@ LAYOUTS = {
 }
 """Layout, replicas, recomputation."""
 
+COMMON = ("tp2", "pp2", "dp2", COMBINED, "pp2-dp2", "tp2-pp2-interleaved-dp2")
+"""Layouts whose optimizer steps are compared by default."""
+
 SAMPLES, LENGTH = 4, 16
 EVERYWHERE = ["opt", "llama", "width", "cross", "unequal"]
 """Models for every layout."""
@@ -208,7 +211,10 @@ def test_single_precision_agrees(
 
 @pytest.mark.parametrize(
     ("kind", "layout", "sharded"),
-    [("cross", each, True) for each in LAYOUTS]
+    [
+        pytest.param("cross", each, True, marks=[] if each in COMMON else pytest.mark.slow)
+        for each in LAYOUTS
+    ]
     + [("cross", each, False) for each in ("tp2-pp2-sp", "pp2-dp2", "tp2-pp2-dp2-sp-recompute")]
     + [(each, "tp2-pp2-dp2-sp-recompute", True) for each in ("opt", "llama", "width", "unequal")]
     + [("separate", "pp2-dp2", True), ("unequal", "pp2-dp2", True)],

@@ -85,7 +85,9 @@ LAYOUTS = {
 """Model, its size, layout, micro-batches."""
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["pp2-interleaved", *(pytest.param(each, marks=pytest.mark.slow) for each in LAYOUTS)]
+)
 def test_activations_of_stages_and_shares_are_those_measured(pool: WorkerPool, layout: str) -> None:
     kind, size, parallel, num_micro_batches = LAYOUTS[layout]
     shape = (SIZES[size]["samples"], SIZES[size]["length"])
