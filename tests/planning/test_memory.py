@@ -86,7 +86,11 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    "layout", ["pp2-interleaved", *(pytest.param(each, marks=pytest.mark.slow) for each in LAYOUTS)]
+    "layout",
+    [
+        pytest.param(each, marks=[] if each == "pp2-interleaved" else pytest.mark.slow)
+        for each in LAYOUTS
+    ],
 )
 def test_activations_of_stages_and_shares_are_those_measured(pool: WorkerPool, layout: str) -> None:
     kind, size, parallel, num_micro_batches = LAYOUTS[layout]
