@@ -28,8 +28,10 @@ def uniform_tensor(entry: Parameter, parents: Parents) -> Blocks:
         return parents.get(one, entry.name)
     text, image = (parents.get(tower, entry.name) for tower in (TEXT, IMAGE))
     mean = average(text, image, parents.recipe.text_share)
+    if not entry.is_vocabulary:
+        return mean
     takes = np.array(parents.plan.takes)
-    if not entry.is_vocabulary or (takes == BOTH).all():
+    if (takes == BOTH).all():
         return mean
     is_both, is_text = (torch.from_numpy(takes == each)[:, None] for each in (BOTH, TEXT))
 
