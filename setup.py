@@ -44,6 +44,7 @@ OPTIONAL = {
         "pytest-timeout>=2.3,<3",
         "hypothesis>=6.100,<7",
         "omegaconf>=2.1,<3",  # class of settings in old metaseq checkpoints
+        "deepspeed>=0.19,<0.20",  # the second engine, whose tests run with the others
         "transformers>=4.46,<6",  # oracle of the samplers' tests
         "ruff>=0.12,<0.18",
         "mypy>=1.10,<3",
