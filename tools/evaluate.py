@@ -1,4 +1,4 @@
-"""Measure the perplexity of weights folders on texts and captioned pictures."""
+"""Measure the perplexity of weights folders and checkpoints on texts and captioned pictures."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ from megatron_jam.evaluation.sources import (
     PictureConfig,
     prepared_sets,
     scratch_folder,
+    weights_of,
 )
 from megatron_jam.parallel.device import DTYPES
 from megatron_jam.parallel.world import start_world, stop_world
@@ -41,7 +42,7 @@ def main(
     whatever layout it is measured.
 
     Args:
-        weights: weights folders; tools/export_weights.py makes one of a training checkpoint.
+        weights: weights folders, or training checkpoints (OUTPUT/checkpoints/step-N).
         sets: what to measure on, as `[{name: ..., path: ...}, ...]`: the PREFIX of a prepared set,
             a .jsonl (.gz, .zst), .parquet, .csv or .tsv of texts, a .jsonl of captions with image
             or codes, or a .json of captions as COCO has them.
@@ -61,9 +62,10 @@ def main(
     results = []
     with scratch_folder(scratch, world) as room:
         for path in weights:
+            folder = weights_of(path, room, world)
             measured = measure_folder(
-                path,
-                prepared_sets(sets, WeightsFolder(path), pictures, room, world),
+                folder,
+                prepared_sets(sets, WeightsFolder(folder), pictures, room, world),
                 world,
                 context_length=context_length,
                 micro_batch_size=micro_batch_size,

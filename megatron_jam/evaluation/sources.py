@@ -1,6 +1,6 @@
-"""What is measured, in whatever form it comes: sets, texts, captions.
+"""What is measured, in whatever form it comes: sets, texts, captions; folders, checkpoints.
 
-Everything becomes a prepared set in a scratch folder, written by the first
+Everything becomes a prepared set or a weights folder in a scratch folder, written by the first
 rank, so that all ranks of any layout read the same.
 """
 
@@ -26,6 +26,8 @@ from megatron_jam.data.prepare.running import Run
 from megatron_jam.data.prepare.text import TextJob
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.text import TextTokenizer
+from megatron_jam.training.export import export_checkpoint
+from megatron_jam.training.manifest import MANIFEST
 from megatron_jam.weights.folder import WeightsFolder
 
 TEXTS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".csv", ".tsv")
@@ -66,6 +68,15 @@ def scratch_folder(path: Path | None, world: World) -> Iterator[Path]:
     finally:
         if not path and world.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def weights_of(path: Path, scratch: Path, world: World) -> Path:
+    """The weights folder at `path`, or one made of the training checkpoint there."""
+    if not (path / MANIFEST).is_file():
+        return path
+    made = scratch / f"{path.resolve().parent.parent.name}-{path.name}"
+    _on_first_rank(world, lambda: export_checkpoint(path, made))
+    return made
 
 
 def prepared_sets(

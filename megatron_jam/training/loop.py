@@ -242,10 +242,12 @@ class Training:
             self._watchdog.progress(done, "comparison of copies after the end")
             self.engine.finish_weights()
             check_replicas(self.chunks, self.world, done)
-        if is_due(config.validate_every) and done < config.steps and self._measured != done:
+        ends_epoch = done in self._epoch_ends
+        measure = is_due(config.validate_every) or ends_epoch
+        if measure and done < config.steps and self._measured != done:
             self._measure()
         # A row of skipped steps may end the run, with the state before it.
-        save = is_due(config.checkpoint_every) or done in self._epoch_ends
+        save = is_due(config.checkpoint_every) or ends_epoch
         if save and not self.health.skipped_in_a_row:
             self._save()
 

@@ -19,12 +19,15 @@ from megatron_jam.evaluation.sources import (
     coco_captions,
     prepared_sets,
     scratch_folder,
+    weights_of,
 )
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.document import caption_image_document, text_document
+from megatron_jam.training.checkpoint import complete_checkpoints
 from megatron_jam.weights.folder import WeightsFolder
 from tests.helpers.pico import pico_config, pico_folder, pico_tokenizer, pico_vocabulary
 from tests.helpers.pool import WorkerPool
+from tests.helpers.training import run_material, run_training, settings
 
 TEXTS = ["the quick brown fox", "jumps over the lazy dog", "a strawberry"]
 CODES = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 15]]
@@ -63,8 +66,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measure(world: World, root: Path, weights: Path, paths: dict[str, str]) -> Any:
     sets = [DataSetConfig(name=name, path=path) for name, path in paths.items()]
     with scratch_folder(None, world) as scratch:
-        ready = prepared_sets(sets, WeightsFolder(weights), PICTURES, scratch, world)
-        found = measure_folder(weights, ready, world, context_length=32, micro_batch_size=2)
+        folder = weights_of(weights, scratch, world)
+        ready = prepared_sets(sets, WeightsFolder(folder), PICTURES, scratch, world)
+        found = measure_folder(folder, ready, world, context_length=32, micro_batch_size=2)
         left = scratch
     assert world.rank or not left.exists()
     return {name: (each.mean, each.by_modality(), each.tokens()) for name, each in found.items()}
@@ -85,6 +89,19 @@ def test_files_are_measured_as_prepared_sets(
         assert found[name][0] == pytest.approx(mean, rel=1e-5)
         assert found[name][1] == pytest.approx(by_modality, rel=1e-5)
         assert found[name][2] == tokens
+
+
+def test_a_checkpoint_is_measured_as_the_weights_that_it_holds(
+    pool: WorkerPool, root: Path, tmp_path: Path
+) -> None:
+    material = run_material(tmp_path)
+    values = settings(material, tmp_path / "run", ParallelConfig(tensor=2))
+    pool.run(run_training, ParallelConfig(tensor=2), values)
+    (path, *_) = reversed(complete_checkpoints(tmp_path / "run" / "checkpoints"))
+    sets = {"set": str(material[1])}
+    one = pool.run(measure, ParallelConfig(), root, path, sets)[0]
+    other = pool.run(measure, ParallelConfig(), root, tmp_path / "run" / "weights", sets)[0]
+    assert one == other
 
 
 def coco(root: Path, **changes: Any) -> Path:

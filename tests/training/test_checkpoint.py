@@ -22,6 +22,7 @@ from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import SaveFailed, complete_checkpoints, mark_best
 from megatron_jam.training.loop import Training
 from megatron_jam.training.manifest import find_damage, read_manifest
+from megatron_jam.training.metrics import read_metrics
 from megatron_jam.weights.folder import WeightsFolder
 from tests.helpers.pool import WorkerPool
 from tests.helpers.training import (
@@ -135,7 +136,7 @@ def test_which_checkpoints_stay(
 def test_each_epoch_leaves_a_checkpoint(
     material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
-    """Besides the newest one."""
+    """Besides the newest one, and was measured with what it holds."""
     values = settings(material, tmp_path / "run", ONE, steps=20, keep_epochs=True)
     values |= {"global_batch_size": 4, "keep_checkpoints": 1}
     pool.run(run_training, ONE, values)
@@ -145,6 +146,8 @@ def test_each_epoch_leaves_a_checkpoint(
     ends = [math.ceil(dataset.epoch_size * n / 4) for n in (1, 2)]
     assert ends[0] > 5
     assert kept == sorted({*(end for end in ends if end <= 20), 20})
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [each["step"] for each in lines if each["kind"] == "validation"] == kept
 
 
 @pytest.fixture(scope="module")
