@@ -213,8 +213,8 @@ class RunConfig:
     """Besides, checkpoints after a multiple of so many steps are kept for ever; 0 for none."""
 
     keep_epochs: bool = False
-    """Besides, at the end of each epoch of the sets the run is measured, and its checkpoint is saved
-    and kept for ever."""
+    """Besides, at the end of each epoch of the sets the run is measured and saved, and that
+    checkpoint is kept for ever."""
 
     async_checkpoints: bool = True
     """Whether training goes on while a checkpoint is written; takes memory on the host for what
