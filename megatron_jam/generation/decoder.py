@@ -12,10 +12,11 @@ from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.generation import SamplingConfig
-from megatron_jam.generation.row import Row, Rules, legal_table
+from megatron_jam.generation.row import Legal, Row, Rules, legal_table
 from megatron_jam.generation.streams import Streams
 from megatron_jam.models.jam import JamModel
-from megatron_jam.ops.guided_sampling import guided_sample
+from megatron_jam.models.parameters import padded_vocabulary
+from megatron_jam.ops.sharded_sampling import guided_sample_sharded
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.document import Tokens, unconditional_prompt
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
@@ -53,7 +54,11 @@ class Decoder:
         self._model = model.eval()
         self._world, self._vocabulary = world, vocabulary
         self._tokens_per_image = tokens_per_image
-        self._legal = torch.from_numpy(legal_table(vocabulary)).to(world.device)
+        share = padded_vocabulary(vocabulary.size, world.tensor.size) // world.tensor.size
+        legal = torch.zeros(len(Legal), share * world.tensor.size, dtype=torch.bool)
+        legal[:, : vocabulary.size] = torch.from_numpy(legal_table(vocabulary))
+        self._codes = (vocabulary.image.start, vocabulary.image.stop)
+        self._legal = legal[:, world.tensor.rank * share :][:, :share].to(world.device)
 
     @torch.inference_mode()
     def generate(
@@ -100,25 +105,36 @@ class Decoder:
     def _draw(
         self, rows: list[Row], cond: Tensor, uncond: Tensor | None, settings: SamplingConfig
     ) -> list[int]:
-        """One legal token for each row; logits [N, V]. Rows in text are not guided."""
-        pictures = [row.in_picture for row in rows]
+        """One legal token for each row; this rank's logits [N, padded V / TP].
 
-        def per_row(picture: float, text: float) -> Tensor:
-            values = [picture if each else text for each in pictures]
-            return torch.tensor(values, dtype=torch.float64)
+        Rows in pictures are guided, and read the logits of picture codes alone; those in text are
+        not guided.
+        """
+        tokens = [0] * len(rows)
+        for picture in (True, False):
+            chosen = [i for i, row in enumerate(rows) if row.in_picture == picture and not row.done]
+            if not chosen:
+                continue
+            alike = [rows[i] for i in chosen]
+            guided = picture and uncond is not None
+            drawn = guided_sample_sharded(
+                _rows_of(cond, chosen),
+                _rows_of(uncond, chosen) if guided else None,
+                group=self._world.groups.tp,
+                guidance_scale=settings.guidance_scale if guided else 1.0,
+                temperature=settings.temperature if picture else settings.text_temperature,
+                top_p=settings.top_p if picture else settings.text_top_p,
+                legal=self._codes if picture else self._legal[[row.legal for row in alike]],
+                seed=torch.full((len(alike),), settings.seed),
+                offset=torch.tensor([(row.index << 32) + len(row.tokens) for row in alike]),
+            )
+            for i, token in zip(chosen, drawn.tokens.tolist(), strict=True):
+                tokens[i] = token
+        return tokens
 
-        scale: float | Tensor = 1.0
-        if uncond is not None:
-            in_picture = torch.tensor(pictures, device=cond.device)[:, None]
-            uncond = torch.where(in_picture, uncond, cond)
-            scale = per_row(settings.guidance_scale, 1.0)
-        return guided_sample(
-            cond.float(),
-            None if uncond is None else uncond.float(),
-            guidance_scale=scale,
-            temperature=per_row(settings.temperature, settings.text_temperature),
-            top_p=per_row(settings.top_p, settings.text_top_p),
-            legal=self._legal[[row.legal for row in rows]],
-            seed=torch.full((len(rows),), settings.seed),
-            offset=torch.tensor([(row.index << 32) + len(row.tokens) for row in rows]),
-        ).tokens.tolist()
+
+def _rows_of(logits: Tensor, chosen: list[int]) -> Tensor:
+    """The chosen rows, in a number format that is drawn from."""
+    if len(chosen) < len(logits):
+        logits = logits[chosen]
+    return logits.float() if logits.dtype == torch.float64 else logits

@@ -1,7 +1,6 @@
 """The model under a batch of rows: one key-value cache for documents and unconditional streams."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_jam.generation.row import Row, Rules
@@ -59,8 +58,8 @@ class Streams:
         """Feed every stream's last token.
 
         Returns:
-            The logits [N, V] of what comes next with the text, and without it where a row is in a
-            picture and guided (None if no row is).
+            This rank's logits [N, padded V / TP] of what comes next with the text, and without it
+            where a row is in a picture and guided (None if no row is).
         """
         num_rows = len(self._rows)
         pictures = torch.tensor([row.in_picture for row in self._rows])
@@ -74,17 +73,9 @@ class Streams:
         return logits[:num_rows], logits[num_rows:]
 
     def _forward(self, tokens: Tensor, going: Tensor) -> Tensor:
-        """Logits [B, V] after one token int64 [B] of each stream; those `going` advance."""
+        """Logits [B, padded V / TP] after one token int64 [B] of each stream; those `going`
+        advance."""
         positions = self.cache.open(len(tokens), 1)
-        share = self._model(tokens[:, None].to(self._world.device), positions)[0]
+        logits = self._model(tokens[:, None].to(self._world.device), positions)[0]
         self.cache.advance(going.long())
-        return self._whole_vocabulary(share)
-
-    def _whole_vocabulary(self, share: Tensor) -> Tensor:
-        """[B, padded V / TP] of every rank -> [B, V], the same on all."""
-        tensor = self._world.tensor
-        parts = [share]
-        if tensor.size > 1:
-            parts = [torch.empty_like(share) for _ in range(tensor.size)]
-            dist.all_gather(parts, share.contiguous(), group=tensor.group)
-        return torch.cat(parts, dim=-1)[:, : self._model.model_config.vocab_size]
+        return logits

@@ -1,13 +1,14 @@
 """Guidance, temperature, top-k, top-p and min-p in one draw per row: faces of the operators."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_jam.config.log import logger
 from megatron_jam.ops import extension  # noqa: F401  (registers the operators)
+from megatron_jam.ops.reference import Settings
 
 # Not so where the extension was compiled without nvcc, against a torch that has CUDA.
 _HAS_CUDA_KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -79,9 +80,21 @@ def guided_sample(
             setting out of its range; or an argument has a wrong shape, dtype or device. On CUDA
             this check waits for the kernel.
     """
-    arguments = _arguments(
-        cond, uncond, guidance_scale, temperature, top_p, top_k, min_p, legal=legal
-    )
+    settings = Settings(guidance_scale, temperature, top_p, top_k, min_p)
+    return _by_operator(cond, uncond, settings, legal, seed, offset, truncated_log_probability)
+
+
+def _by_operator(
+    cond: Tensor,
+    uncond: Tensor | None,
+    settings: Settings,
+    legal: Legal,
+    seed: int | Tensor,
+    offset: int | Tensor,
+    truncated: bool,
+) -> GuidedSample:
+    """:func:`guided_sample` where something is to see an operator, and on CUDA."""
+    arguments = _arguments(cond, uncond, settings, legal)
     if isinstance(seed, int) and cond.shape[0] != 1:
         raise ValueError(
             f"guided_sample: {len(cond)} rows would share one stream of random numbers; "
@@ -91,55 +104,52 @@ def guided_sample(
         draws = (seed, offset, None)
     else:
         draws = (0, 0, columns_of((seed, offset), cond, torch.int64))
-    drawn = _call("guided_sample", *arguments, *draws, truncated_log_probability)
-    return GuidedSample(*drawn) if truncated_log_probability else GuidedSample(*drawn[:2], None)
+    drawn = _call("guided_sample", *arguments, *draws, truncated)
+    return GuidedSample(*drawn) if truncated else GuidedSample(*drawn[:2], None)
 
 
 def truncated_probabilities(
     cond: Tensor,
     uncond: Tensor | None = None,
     *,
-    guidance_scale: float | Tensor = 1.0,
-    temperature: float | Tensor = 1.0,
-    top_p: float | Tensor = 1.0,
-    top_k: int | Tensor = 0,
-    min_p: float | Tensor = 0.0,
     legal: Legal = None,
+    **settings: float | Tensor,
 ) -> Tensor:
     """The probabilities that :func:`guided_sample` draws from, for speculative or contrastive use.
 
-    Arguments and errors are those of :func:`guided_sample`. Where the temperature is 0 one id has
-    all.
+    Arguments, :class:`Settings` and errors are those of :func:`guided_sample`. Where the
+    temperature is 0 one id has all.
 
     Returns:
         float32 [rows, V]; exactly 0 for what is not legal or not kept.
     """
-    return _call(
-        "guided_probabilities",
-        *_arguments(cond, uncond, guidance_scale, temperature, top_p, top_k, min_p, legal=legal),
-    )
+    return _call("guided_probabilities", *_arguments(cond, uncond, Settings(**settings), legal))
 
 
-def largest_logit(cond: Tensor, uncond: Tensor | None, *settings, legal: Legal) -> tuple:
+def largest_logit(cond: Tensor, uncond: Tensor | None, settings: Settings, legal: Legal) -> tuple:
     """The largest guided logit of each row and its id; a part of sharded sampling.
 
     Returns:
         float32 [rows] and int64 [rows]; the id is negative where a row has none: a RowError of
         csrc/include/jam/guided_sampling.h.
     """
-    return _call("guided_largest", *_arguments(cond, uncond, *settings, legal=legal))
+    return _call("guided_largest", *_arguments(cond, uncond, settings, legal))
 
 
-def weights_below(largest: Tensor, cond: Tensor, uncond: Tensor | None, *settings, legal: Legal):
+def weights_below(
+    largest: Tensor, cond: Tensor, uncond: Tensor | None, settings: Settings, legal: Legal
+) -> Tensor:
     """Weights float32 [rows, V] relative to a logit for each row; a part of sharded sampling."""
-    return _call("guided_weights", *_arguments(cond, uncond, *settings, legal=legal), largest)
+    return _call("guided_weights", *_arguments(cond, uncond, settings, legal), largest)
 
 
-def _arguments(cond: Tensor, uncond: Tensor | None, *settings: float | Tensor, legal: Legal):
+def _arguments(
+    cond: Tensor, uncond: Tensor | None, settings: Settings, legal: Legal
+) -> tuple[Any, ...]:
     """What all operators begin with: numbers as they are, tensors as one table of all rows."""
     if cond.dim() != 2:
         raise ValueError(f"guided_sample: cond has shape {list(cond.shape)}, not [rows, V]")
-    guidance_scale = settings[0]
+    guidance_scale = settings.guidance_scale
     if uncond is None and (isinstance(guidance_scale, Tensor) or guidance_scale != 1):
         raise ValueError(
             "guided_sample: guidance_scale needs uncond, the logits to guide away from"
@@ -148,7 +158,7 @@ def _arguments(cond: Tensor, uncond: Tensor | None, *settings: float | Tensor, l
     for each in settings:
         if isinstance(each, Tensor):
             table = columns_of(settings, cond, torch.float64)
-            settings = (1.0, 1.0, 1.0, 0, 0.0)
+            settings = Settings()
             break
     begin, end = 0, cond.shape[1]
     if legal is None:

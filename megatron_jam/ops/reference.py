@@ -23,6 +23,21 @@ EXP2_COEFFICIENTS = (
 )
 
 
+class Settings(NamedTuple):
+    """How rows are drawn from: each a number for all of them, or one for each (a tensor [rows])."""
+
+    guidance_scale: float | Tensor = 1.0
+    """1 samples from the conditional logits, 0 from the unconditional ones."""
+    temperature: float | Tensor = 1.0
+    """0 is greedy: the largest logit, by the lower id where two are equal."""
+    top_p: float | Tensor = 1.0
+    """In (0, 1]; 1 keeps every id."""
+    top_k: float | Tensor = 0
+    """A whole number >= 0; 0 keeps every id."""
+    min_p: float | Tensor = 0.0
+    """In [0, 1]; 0 keeps every id."""
+
+
 class Drawn(NamedTuple):
     """What one row yields; see :class:`megatron_jam.ops.guided_sampling.GuidedSample`."""
 
@@ -35,14 +50,10 @@ def guided_sample_row(
     cond: Tensor,
     uncond: Tensor | None = None,
     *,
-    guidance_scale: float = 1.0,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
     legal: Tensor | None = None,
     seed: int,
     offset: int,
+    **settings: float,
 ) -> Drawn:
     """The draw of :func:`megatron_jam.ops.guided_sampling.guided_sample` for one row.
 
@@ -53,17 +64,13 @@ def guided_sample_row(
     Args:
         cond: logits [V]; float32, bfloat16 or float16, as is `uncond`.
         legal: bool [V], or None: every id.
+        settings: of :class:`Settings`, numbers.
 
     Raises:
         ValueError: the row has no largest logit, or a setting is out of its range.
     """
-    check_settings(guidance_scale, temperature, top_p, top_k, min_p)
-    logits = guided_logits(cond, uncond, guidance_scale=guidance_scale, legal=legal)
-    check_logits(logits)
-    if temperature == 0:
-        return Drawn(int((logits == logits.max()).nonzero()[0, 0]), 0.0, 0.0)
-    weights = sampling_weights(logits, temperature=temperature)
-    floor, nucleus = before_top_p(weights, top_p=top_p, top_k=top_k, min_p=min_p)
+    weights, filters = _weights_and_filters(cond, uncond, legal, Settings(**settings))
+    floor, nucleus = before_top_p(weights, **filters)
     for round_ in range(1 << 32):
         running = torch.where(weights > floor, weights, 0.0).cumsum(0)
         target = philox_uniform(seed, offset, round_) * float(running[-1])
@@ -71,35 +78,29 @@ def guided_sample_row(
         floor = float(weights[token])
         if float(weights[weights > floor].sum()) < nucleus:
             break
-    left = kept_weights(weights, top_p=top_p, top_k=top_k, min_p=min_p)
+    whole, left = float(weights.sum()), float(kept_weights(weights, **filters).sum())
     weight = float(weights[token])
-    return Drawn(
-        token, math.log(weight / float(weights.sum())), math.log(weight / float(left.sum()))
-    )
+    return Drawn(token, math.log(weight / whole), math.log(weight / left))
 
 
 def truncated_probabilities_row(
-    cond: Tensor,
-    uncond: Tensor | None = None,
-    *,
-    guidance_scale: float = 1.0,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    legal: Tensor | None = None,
+    cond: Tensor, uncond: Tensor | None = None, *, legal: Tensor | None = None, **settings: float
 ) -> Tensor:
     """What :func:`guided_sample_row` draws from: float32 [V]."""
-    check_settings(guidance_scale, temperature, top_p, top_k, min_p)
-    logits = guided_logits(cond, uncond, guidance_scale=guidance_scale, legal=legal)
-    check_logits(logits)
-    if temperature == 0:
-        probabilities = torch.zeros_like(logits)
-        probabilities[(logits == logits.max()).nonzero()[0, 0]] = 1.0
-        return probabilities
-    weights = sampling_weights(logits, temperature=temperature)
-    kept = kept_weights(weights, top_p=top_p, top_k=top_k, min_p=min_p)
+    weights, filters = _weights_and_filters(cond, uncond, legal, Settings(**settings))
+    kept = kept_weights(weights, **filters)
     return (kept / kept.sum()).float()
+
+
+def _weights_and_filters(
+    cond: Tensor, uncond: Tensor | None, legal: Tensor | None, settings: Settings
+) -> tuple[Tensor, dict]:
+    """Weights float64 [V], and the settings that choose among them."""
+    check_settings(*settings)
+    logits = guided_logits(cond, uncond, guidance_scale=settings.guidance_scale, legal=legal)
+    check_logits(logits)
+    weights = sampling_weights(logits, temperature=settings.temperature)
+    return weights, {name: getattr(settings, name) for name in ("top_p", "top_k", "min_p")}
 
 
 def kept_weights(weights: Tensor, *, top_p: float, top_k: int, min_p: float) -> Tensor:
@@ -159,7 +160,14 @@ def guided_logits(
 
 
 def sampling_weights(logits: Tensor, *, temperature: float) -> Tensor:
-    """2^36 exp((logits - max) / temperature), rounded to integers, as float64 [V]."""
+    """2^36 exp((logits - max) / temperature), rounded to integers, as float64 [V].
+
+    Where the temperature is 0 the first of the largest has all.
+    """
+    if temperature == 0:
+        weights = torch.zeros_like(logits, dtype=torch.float64)
+        weights[(logits == logits.max()).nonzero()[0, 0]] = 2.0**WEIGHT_BITS
+        return weights
     scale = torch.tensor(min(math.log2(math.e) / temperature, 2.0**127), dtype=torch.float32)
     exponent = (logits - logits.max()) * scale
     whole = exponent.clamp(min=SMALLEST_EXPONENT).round()

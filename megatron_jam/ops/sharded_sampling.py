@@ -15,10 +15,11 @@ from megatron_jam.ops.guided_sampling import (
     GuidedSample,
     Legal,
     columns_of,
+    guided_sample,
     largest_logit,
     weights_below,
 )
-from megatron_jam.ops.reference import WEIGHT_BITS, philox_uniform
+from megatron_jam.ops.reference import WEIGHT_BITS, Settings, philox_uniform
 
 _DIGIT_BITS = 4  # of a step of the search for a floor: 16 sums and counts, 256 bytes a row
 _ONE = 0x3F800000  # bits of 1.0, the least weight above 0
@@ -29,15 +30,11 @@ def guided_sample_sharded(
     uncond: Tensor | None = None,
     *,
     group: dist.ProcessGroup,
-    guidance_scale: float | Tensor = 1.0,
-    temperature: float | Tensor = 1.0,
-    top_p: float | Tensor = 1.0,
-    top_k: int | Tensor = 0,
-    min_p: float | Tensor = 0.0,
     legal: Legal = None,
     seed: Tensor,
     offset: int | Tensor,
     truncated_log_probability: bool = False,
+    **settings: float | Tensor,
 ) -> GuidedSample:
     """Draw what :func:`megatron_jam.ops.guided_sampling.guided_sample` draws from whole rows.
 
@@ -50,18 +47,31 @@ def guided_sample_sharded(
         group: the ranks that share the vocabulary.
         legal: a mask of this rank's ids, or a range or ranges of ids of the whole vocabulary.
         seed: int64 [rows].
+        offset: int64 [rows], or an int for all rows.
+        truncated_log_probability: whether that is wanted too.
+        settings: of :class:`megatron_jam.ops.reference.Settings`.
 
     Raises:
         ValueError: as guided_sample, on all ranks.
     """
-    settings = (guidance_scale, temperature, top_p, top_k, min_p)
+    if group.size() == 1:
+        return guided_sample(
+            cond,
+            uncond,
+            legal=legal,
+            seed=seed,
+            offset=offset,
+            truncated_log_probability=truncated_log_probability,
+            **settings,
+        )
+    each = Settings(**settings)
     legal = _own_range(legal, cond.shape[1], group)
-    logits, ids = largest_logit(cond, uncond, *settings, legal=legal)
+    logits, ids = largest_logit(cond, uncond, each, legal)
     largest, greedy = _largest(logits, ids, cond.shape[1], group)
-    rows = _Rows(weights_below(largest, cond, uncond, *settings, legal=legal), group)
-    _, temperatures, top_ps, top_ks, min_ps = columns_of(settings, cond, torch.float64).unbind(1)
+    rows = _Rows(weights_below(largest, cond, uncond, each, legal), group)
+    _, temperatures, top_ps, top_ks, min_ps = columns_of(each, cond, torch.float64).unbind(1)
 
-    total = rows.sums_above(torch.zeros_like(largest)).sum(1)
+    total = rows.sums.sum(1)
     floor, nucleus = _min_p_floor(min_ps), top_ps * total
     if bool((top_ks > 0).any()):
         quota = torch.where(top_ks > 0, top_ks, math.inf)
@@ -87,6 +97,8 @@ class _Rows:
 
     def __init__(self, weights: Tensor, group: dist.ProcessGroup) -> None:
         self.weights, self.group = weights, group
+        self.sums = _gather(weights.sum(1, dtype=torch.float64), group)
+        """Of each rank's weights, float64 [rows, ranks]."""
 
     def sums_above(self, floor: Tensor) -> Tensor:
         """The sum of each rank's weights above `floor` [rows]: float64 [rows, ranks]."""
@@ -103,7 +115,7 @@ class _Rows:
             nucleus: a token is accepted if larger ones sum to less [rows]; `whole` rows accept any.
             numbers: (seed, offset) of each row.
         """
-        sums = self.sums_above(floor)
+        sums = self.sums_above(floor) if bool((floor > 0).any()) else self.sums
         done = torch.zeros_like(whole)
         tokens = torch.zeros(len(floor), dtype=torch.int64, device=floor.device)
         weights = torch.ones_like(nucleus)
@@ -123,13 +135,14 @@ class _Rows:
         """The ids on which `target` falls and their weights, from the ranks that have them."""
         rank = self.group.rank()
         before = sums[:, :rank].sum(1)
-        above = torch.where(self.weights > floor[:, None], self.weights, 0.0)
-        past = above.double().cumsum(1) + before[:, None] > target[:, None]
-        own = (before <= target) & past[:, -1]
-        index = past.int().argmax(1)
-        weight = self.weights.gather(1, index[:, None])[:, 0].double()
+        (own,) = torch.where((before <= target) & (target < before + sums[:, rank]))
+        weights = self.weights[own]
+        above = torch.where(weights > floor[own, None], weights, 0.0)
+        past = above.cumsum(1, dtype=torch.float64) > (target - before)[own, None]
+        index = past.int().argmax(1, keepdim=True)
         first = rank * self.weights.shape[1]
-        found = torch.stack([(index + first).double(), weight], dim=1) * own[:, None]
+        found = sums.new_zeros(len(sums), 2)
+        found[own] = torch.cat([(index + first).double(), weights.gather(1, index).double()], dim=1)
         dist.all_reduce(found, group=self.group)
         return found[:, 0].long(), found[:, 1]
 

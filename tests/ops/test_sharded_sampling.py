@@ -1,11 +1,16 @@
 """Sharded sampling draws the very tokens of whole rows, on gloo ranks."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.ops.guided_sampling import GuidedSample, guided_sample
+from megatron_jam.ops.guided_sampling import guided_sample
 from megatron_jam.ops.sharded_sampling import guided_sample_sharded
 from megatron_jam.parallel.world import World
 from tests.ops.sampling import random_logits
@@ -40,7 +45,22 @@ def draws() -> dict[str, Tensor]:
     return {"seed": torch.arange(ROWS) - 3, "offset": torch.arange(ROWS) * 2**33}
 
 
-def sharded(world: World) -> dict[str, GuidedSample]:
+@contextlib.contextmanager
+def counted_bytes() -> Iterator[list[int]]:
+    """What this rank gives to collectives."""
+    sent: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, place in (("all_gather", 1), ("all_reduce", 0)):
+
+            def counting(*arguments, own=getattr(dist, name), place=place, **named):
+                sent.append(arguments[place].nbytes)
+                return own(*arguments, **named)
+
+            patch.setattr(dist, name, counting)
+        yield sent
+
+
+def sharded(world: World) -> dict[str, Any]:
     group = world.groups.tp
     share = VOCABULARY // group.size()
     own = slice(group.rank() * share, (group.rank() + 1) * share)
@@ -58,6 +78,9 @@ def sharded(world: World) -> dict[str, GuidedSample]:
                 truncated_log_probability=True,
             )
     pair = (cond, uncond)
+    with counted_bytes() as sent:
+        guided_sample_sharded(*pair, group=group, guidance_scale=3.5, top_p=1.0, **draws())
+    found["bytes"] = sum(sent)
     found["one range"] = guided_sample_sharded(*pair, group=group, legal=(1020, 1030), **draws())
     for name, bad, legal in (
         ("nan", torch.where(torch.arange(ROWS)[:, None] == 2, torch.nan, cond), None),
@@ -88,6 +111,7 @@ def test_shards_draw_the_tokens_of_whole_rows(pool, ranks) -> None:
     expected = guided_sample(cond, uncond, legal=(1020, 1030), **draws())
     for answer in answers:
         assert torch.equal(answer["one range"].tokens, expected.tokens)
+        assert 0 < answer["bytes"] <= 50 * ROWS  # a share of logits has 4 V / ranks bytes a row
         assert answer["nan"] == "row 2: a logit of a legal id is NaN or +inf"
         assert answer["none"] == "row 4: no legal id has a logit above -inf"
         assert answer["range"] == "row 0: the range of legal ids must be within the vocabulary"
