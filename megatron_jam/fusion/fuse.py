@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from megatron_jam.config.fusion import FusionRecipe
@@ -49,13 +50,16 @@ class Fusion:
         source = recipe.tokenizer or image.path
         vocabulary = VocabularyPlan.make(text, image, source, mixes=mixes)
         configure = METHODS[recipe.method][0]
-        config = dataclasses.replace(
-            configure(text.config, image.config, recipe),
+        # Parents need not know their text ids; two towers with rows of their own must, from the start.
+        is_pair = recipe.method == "cross"
+        of_child = partial(
+            dataclasses.replace,
             vocab_size=vocabulary.vocabulary.size,
-            text_ids=list(vocabulary.vocabulary.text),
+            text_ids=list(vocabulary.vocabulary.text) if is_pair else [0, 0],
             max_positions=child_positions(text.config, image.config, recipe),
             position_offset=image.config.position_offset,
         )
+        config = configure(of_child(text.config), of_child(image.config), recipe)
         folders = {IMAGE: image, TEXT: text}
         parents = Parents(folders=folders, plan=vocabulary, config=config, recipe=recipe)
         return cls(parents=parents, differences=differences)

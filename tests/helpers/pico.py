@@ -43,13 +43,13 @@ def pico_config(kind: str = "cross", *, num_layers: int = 4, **tower: object) ->
     or of each tower's own ("separate")."""
     settings = {"num_layers": num_layers, "hidden_size": 32, "num_heads": 4, **tower}
     names = ("main",) if kind == "tower" else ("image", "text")
+    joint = {} if kind == "tower" else {"text_ids": list(pico_vocabulary().text)}
     return ModelConfig(
         towers={name: TowerConfig(**settings) for name in names},  # type: ignore[arg-type]
         vocab_size=pico_vocabulary().size,
         max_positions=64,
         bridges=BridgeConfig(every=2),
-        text_ids=list(pico_vocabulary().text),
-        **SEPARATE if kind == "separate" else {},  # type: ignore[arg-type]
+        **joint | (SEPARATE if kind == "separate" else {}),  # type: ignore[arg-type]
     )
 
 
