@@ -79,7 +79,9 @@ class JamModel(MegatronModule):
         self._received: Tensor | None = None
         settings = {"dtype": dtype, "recompute": recompute, "dropout": dropout}
         settings |= {"backend": backend, "fp8": fp8}
-        settings["fuses_gradients"] = main_gradients and fuses_weight_gradients(world.device)
+        # Megatron knows no kernel that adds to fp64 sums.
+        fuses = main_gradients and dtype is not torch.float64
+        settings["fuses_gradients"] = fuses and fuses_weight_gradients(world.device)
         with torch.device(world.device):
             self._build(world, partial(engine_config, **settings))
 

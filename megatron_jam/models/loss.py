@@ -117,9 +117,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradients, ctx.gradients = ctx.gradients, None
-        for each in gradients:
-            if each is not None:
-                each *= scale
+        # A pass over a table for nothing, where knowing the scale does not mean waiting for a GPU.
+        if scale.is_cuda or scale != 1:
+            for each in gradients:
+                if each is not None:
+                    each *= scale
         return None, None, None, *gradients
 
 

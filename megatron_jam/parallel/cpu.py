@@ -114,6 +114,7 @@ def prepare_megatron() -> None:
             module.torch = stand_in  # type: ignore[attr-defined]
     _patch_random_state()
     _patch_tensor_methods()
+    _provide_weight_gradients()
 
 
 def _import_modules(package: str) -> None:
@@ -149,6 +150,25 @@ def _patch_tensor_methods() -> None:
 
     torch.Tensor.type = type_  # type: ignore[method-assign]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+
+
+class _WeightGradients:
+    """apex's kernel that adds a weight's gradient [out, in] to its sum within the product."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, slopes: torch.Tensor, total: torch.Tensor) -> None:
+        """Add what inputs [T, in] and slopes [T, out] give to `total`, in fp32."""
+        if inputs.dtype is total.dtype:
+            total.addmm_(slopes.t(), inputs)
+        else:
+            total += slopes.t() @ inputs
+
+
+def _provide_weight_gradients() -> None:
+    from megatron.core.tensor_parallel import layers
+
+    layers.fused_weight_gradient_mlp_cuda = _WeightGradients
+    layers._grad_accum_fusion_available = True
 
 
 class WriterResults:

@@ -1,6 +1,7 @@
 """The same loss and gradients under every layout (DESIGN rule 1), and as the plain reference."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ LAYOUTS = {
 
 COMMON = ("tp2", "pp2", "dp2", COMBINED, "pp2-dp2", "tp2-pp2-interleaved-dp2")
 """Layouts whose optimizer steps are compared by default."""
+
+ADDED_APART = partial(loss_and_gradients, main_gradients=False)
+"""Weight gradients that are not added to their sums within the product."""
 
 SAMPLES, LENGTH = 4, 16
 EVERYWHERE = ["opt", "llama", "width", "cross", "unequal"]
@@ -198,15 +202,24 @@ def test_accumulation_agrees(
 def test_single_precision_agrees(
     pool: WorkerPool, kind: str, layout: str, folders: dict[str, Path]
 ) -> None:
-    """fp32 with GELU; ReLU's kinks flip between layouts in fp32."""
+    """fp32 with GELU, as ReLU's kinks flip between layouts; weight gradients added within the
+    product as against apart from it, which fp64 knows alone."""
     parallel, data, _ = LAYOUTS[layout]
     path = folders[kind]
-    base = pool.run(loss_and_gradients, ParallelConfig(), path, batch_of(path), torch.float32)[0]
-    other = pool.run(loss_and_gradients, parallel, path, batch_of(path), torch.float32, data=data)[
-        0
-    ]
+    run = (path, batch_of(path), torch.float32)
+    base = pool.run(ADDED_APART, ParallelConfig(), *run)[0]
+    other = pool.run(loss_and_gradients, parallel, *run, data=data)[0]
     assert other[0] == pytest.approx(base[0], rel=1e-6)
     assert distance(base[1], other[1]) < 1e-5
+
+
+def test_bf16_gradients_are_added_to_fp32_sums(pool: WorkerPool, folders: dict[str, Path]) -> None:
+    """Within the product and apart from it."""
+    run = (folders["cross"], batch_of(folders["cross"]), torch.bfloat16)
+    apart = pool.run(ADDED_APART, ParallelConfig(), *run)[0]
+    within = pool.run(loss_and_gradients, ParallelConfig(), *run)[0]
+    assert within[0] == apart[0]
+    assert all(torch.equal(within[1][name], value) for name, value in apart[1].items())
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_run_records_what_it_computed_with(
     assert parts == {
         "layers": "transformer_engine",
         "Adam": "megatron_jam.parallel.adam.Adam",
-        "weight gradients": "added apart",
+        "weight gradients": "added within the product",
         "csrc": "CPU kernels",
     }
     assert "backend: transformer_engine" in (tmp_path / "run/run.yaml").read_text()
