@@ -50,7 +50,7 @@ class Fusion:
         source = recipe.tokenizer or image.path
         vocabulary = VocabularyPlan.make(text, image, source, mixes=mixes)
         configure = METHODS[recipe.method][0]
-        # Parents need not know their text ids; two towers with rows of their own must, from the start.
+        # Parents need not know their text ids; two towers with rows of their own must.
         is_pair = recipe.method == "cross"
         of_child = partial(
             dataclasses.replace,

@@ -156,7 +156,9 @@ class _WeightGradients:
     """apex's kernel that adds a weight's gradient [out, in] to its sum within the product."""
 
     @staticmethod
-    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, slopes: torch.Tensor, total: torch.Tensor) -> None:
+    def wgrad_gemm_accum_fp32(
+        inputs: torch.Tensor, slopes: torch.Tensor, total: torch.Tensor
+    ) -> None:
         """Add what inputs [T, in] and slopes [T, out] give to `total`, in fp32."""
         if inputs.dtype is total.dtype:
             total.addmm_(slopes.t(), inputs)
