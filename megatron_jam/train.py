@@ -6,7 +6,7 @@ Without torchrun it runs on one rank. A run that was interrupted goes on from it
 import sys
 from collections.abc import Callable, Mapping
 
-from megatron_jam.config.cli import one_line_errors
+from megatron_jam.config.cli import one_line_errors, tell_torchrun
 from megatron_jam.config.log import configure_logging, logger
 from megatron_jam.config.signals import catch_signals
 
@@ -52,11 +52,13 @@ def main() -> None:
         try:
             sheet = SampledSheet(config, writes=world.rank == 0)
             Training(config, folder, world, validate, [sheet]).run()
-        except StopRequested:
+        except StopRequested as reason:
             stop_world()
+            tell_torchrun(f"no failure: asked to stop by {reason}; the next start goes on")
             sys.exit(EXIT_REQUEUE)
         except (Unhealthy, CopiesDiffer) as reason:
             logger.info("stopped: %s", reason)
+            tell_torchrun(f"stopped: {reason}")
             sys.exit(1)
         stop_world()
 

@@ -1,8 +1,11 @@
 """Run a typed function as a command: parse, call, and turn a user's mistake into one line."""
 
 import errno
+import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from inspect import cleandoc
 from itertools import zip_longest
@@ -81,7 +84,10 @@ def _spelt_out(parser: ArgumentParser, arguments: Sequence[str] | None) -> list[
 
 
 class one_line_errors:
-    """Context in which a user's mistake ends the process with one line and status 2."""
+    """Context in which a user's mistake ends the process with one line and status 2.
+
+    Under torchrun it, or the traceback of any other failure, also ends torchrun's report.
+    """
 
     def __enter__(self) -> None:
         return None
@@ -100,10 +106,24 @@ class one_line_errors:
             # Of a copy's two files the second is the one that is written.
             path = error.filename2 or error.filename or "what was written"
             _leave(f"{_DISK_ERRORS[error.errno]} {path}", EXIT_USAGE)
+        if isinstance(error, Exception):
+            tell_torchrun("".join(traceback.format_exception(error)).rstrip())
         return False
 
 
+def tell_torchrun(message: str) -> None:
+    """Why this process is about to fail: torchrun's report, the last that its user sees, ends with
+    what the first rank that failed has told. Without torchrun nothing happens."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        # What torch.distributed.elastic.multiprocessing.errors.record writes.
+        about = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        told = {"message": {"message": message, "extraInfo": about}}
+        Path(path).write_text(json.dumps(told), encoding="utf-8")
+
+
 def _leave(message: str, status: int) -> None:
+    tell_torchrun(f"error: {message}")
     if os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"error: {message}\n")
     sys.exit(status)

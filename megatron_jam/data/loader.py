@@ -33,6 +33,7 @@ def build_dataset(
     context_length: int,
     seed: int,
     index_cache: Path | None = None,
+    poll: Callable[[], None] = lambda: None,
 ) -> Blend:
     """The blend that `config` describes: samples of `context_length` tokens.
 
@@ -42,6 +43,7 @@ def build_dataset(
         context_length: tokens of a sample.
         seed: of orders and masks.
         index_cache: where orders of documents are kept, if anywhere.
+        poll: called after each set; what it raises ends the building.
 
     Raises:
         UsageError: a set is missing, damaged or of another vocabulary, no document fits, or the
@@ -49,10 +51,11 @@ def build_dataset(
     """
     image_tokenizer_of(config)
     cache = IndexCache(index_cache)
-    datasets = [
-        _build_set(each, config, vocabulary, context_length=context_length, seed=seed, cache=cache)
-        for each in config.sets
-    ]
+    settings = {"context_length": context_length, "seed": seed, "cache": cache}
+    datasets = []
+    for each in config.sets:
+        datasets.append(_build_set(each, config, vocabulary, **settings))
+        poll()
     return Blend(datasets, [each.weight for each in config.sets])
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,7 +78,8 @@ class SampledSheet(Callback):
         model.eval()
         # A caption's picture alone: one that has begun is always finished.
         settings = dataclasses.replace(self._config.sheet.sampling, max_new_tokens=1)
-        written = self._decoder.generate(self._prompts, settings)
+        poll = partial(self._training.poll, "drawing")
+        written = self._decoder.generate(self._prompts, settings, poll=poll)
         vocabulary = self._training.folder.vocabulary
         codes = [
             next(content for kind, content in split_document(vocabulary, each) if kind == "image")

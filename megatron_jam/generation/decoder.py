@@ -5,7 +5,7 @@ guidance, the closing `<break>`, then text again until `</s>` (paper section 3.2
 Rows are independent: each has its own state, positions and random numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from megatron_jam.ops.sharded_sampling import guided_sample_sharded
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.document import Tokens, unconditional_prompt
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
+
+POLL_EVERY = 32
+"""Tokens of each row between two calls of `poll`."""
 
 
 class Decoder:
@@ -62,7 +65,12 @@ class Decoder:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[Tokens], settings: SamplingConfig, *, first_index: int = 0
+        self,
+        prompts: Sequence[Tokens],
+        settings: SamplingConfig,
+        *,
+        first_index: int = 0,
+        poll: Callable[[], None] = lambda: None,
     ) -> list[Tokens]:
         """Write behind each prompt; all tensor-parallel ranks call this and get the same.
 
@@ -72,6 +80,7 @@ class Decoder:
             settings: how to draw.
             first_index: number of the first prompt; the draws of a prompt depend on its number
                 and not on the other prompts, so a long list can be cut into batches.
+            poll: called after every few tokens, on all ranks; what it raises ends the writing.
 
         Returns:
             The new tokens of each prompt, int64: up to and including `</s>`, or as far as
@@ -93,11 +102,15 @@ class Decoder:
             self._model, self._world, rows, rules, guided=settings.guidance_scale != 1
         )
         try:
+            num_drawn = 0
             while not all(row.done for row in rows):
                 tokens = self._draw(rows, *streams.step(), settings)
                 for row, token in zip(rows, tokens, strict=True):
                     if not row.done:
                         row.push(token)
+                num_drawn += 1
+                if num_drawn % POLL_EVERY == 0:
+                    poll()
         finally:
             streams.cache.detach()
         return [row.new_tokens for row in rows]

@@ -4,16 +4,16 @@
                                         jam.json: step, identity, counters, sizes and checksums
 
 A save forks a process on each rank, which writes what the tensors were at that moment while
-training goes on. When all have written, the manifest is added and the hidden folder gets its name
-by one rename: a checkpoint is whole or is not there. Megatron's files hold pickles: a checkpoint is
-trusted input, unlike a weights folder.
+training goes on. When all have written, a thread of rank 0 adds the manifest and gives the hidden
+folder its name by one rename: a checkpoint is whole or is not there. Megatron's files hold pickles:
+a checkpoint is trusted input, unlike a weights folder.
 """
 
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from megatron_jam.parallel.world import World
 from megatron_jam.training.engine import Engine
 from megatron_jam.training.manifest import MANIFEST, find_damage, read_manifest, write_manifest
 from megatron_jam.training.staging import complete, discard, free_reserve, hashing, stage
-from megatron_jam.training.state import bytes_to_write
+from megatron_jam.training.state import bytes_to_write, unshare
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -68,7 +68,7 @@ class Resumed:
     """The loop's own state, as it was given to `save`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Pending:
     step: int
     part: Path
@@ -76,6 +76,8 @@ class _Pending:
     request: AsyncRequest
     writer: TemporalAsyncCaller
     begun: float
+    commit: Future[str] | None = None
+    """When all have written: why the checkpoint could not get its name, or nothing; on rank 0."""
 
 
 class Checkpoints:
@@ -105,7 +107,10 @@ class Checkpoints:
         self._engine, self._world = engine, world
         self._identity, self._describe = dict(identity), describe
         self._pending: _Pending | None = None
-        self._removal: threading.Thread | None = None
+        # What nobody need wait for, on rank 0; it has ended before the next save forks.
+        self._background = ThreadPoolExecutor(1, "checkpoints")
+        self._removal: Future[None] | None = None
+        self._is_checked = False
 
     def save(self, step: int, counters: Mapping[str, Any]) -> None:
         """Begin to save the state after `step` optimizer steps; what is changed afterwards does not
@@ -117,10 +122,14 @@ class Checkpoints:
         self.finish()
         begun = time.perf_counter()
         state = self._engine.sharded_state(is_loading=False)
+        unshare(state)
         size = torch.tensor(bytes_to_write(state), device=self._world.device)
         dist.all_reduce(size)
         part = self._stage(step, int(size))
-        request = dist_checkpointing.save(state, str(part), async_sharded_save=True)
+        # Whether the ranks' parts make up the whole does not change from save to save.
+        check = {"validate_access_integrity": not self._is_checked}
+        request = dist_checkpointing.save(state, str(part), async_sharded_save=True, **check)
+        self._is_checked = True
         writer = TemporalAsyncCaller()
         writer.schedule_async_call(hashing(request, part, self._world.rank))
         self._pending = _Pending(
@@ -144,37 +153,44 @@ class Checkpoints:
         """As `poll`, but wait for the ranks' writers."""
         path = self._complete(blocking=True)
         if self._removal is not None:
-            self._removal.join()
+            self._removal.result()
         return path
 
     def _complete(self, *, blocking: bool) -> Path | None:
         pending = self._pending
         if pending is None:
             return None
-        if not pending.writer.is_current_async_call_done(blocking, no_dist=False):
+        path = self._folder / f"step-{pending.step:08d}"
+        if pending.commit is None:
+            if not pending.writer.is_current_async_call_done(blocking, no_dist=False):
+                return None
+            self._gather(pending)
+            is_first = self._world.rank == 0
+            commit = self._background.submit(self._commit, pending, path) if is_first else Future()
+            pending.commit = commit
+        ended: list[str | None] = [None]
+        if self._world.rank == 0 and (blocking or pending.commit.done()):
+            ended = [pending.commit.result()]
+        dist.broadcast_object_list(ended)
+        if ended[0] is None:
             return None
         self._pending = None
+        if ended[0]:
+            raise SaveFailed(ended[0])
+        return path
+
+    def _gather(self, pending: _Pending) -> None:
+        """When all have written: rank 0 writes down which rank wrote what."""
         if self._world.rank == 0:
             free_reserve(pending.part)
         try:
             for finalize in pending.request.finalize_fns:
                 finalize()
         except CheckpointException as error:
+            self._pending = None
             if self._world.rank == 0:
                 discard(pending.part)
             raise SaveFailed(f"step {pending.step} was not saved: {_reason(error)}") from error
-        path = self._folder / f"step-{pending.step:08d}"
-        failure = [""]
-        if self._world.rank == 0:
-            try:
-                self._commit(pending, path)
-            except OSError as error:
-                discard(pending.part)
-                failure = [f"step {pending.step} was not saved: {error}"]
-        dist.broadcast_object_list(failure)
-        if failure[0]:
-            raise SaveFailed(failure[0])
-        return path
 
     def load_latest(self, *, on_damage: str = "stop") -> Resumed:
         """Load the newest checkpoint into the model and optimizer.
@@ -245,30 +261,36 @@ class Checkpoints:
             raise SaveFailed(answer[1])
         return answer[0]
 
-    def _commit(self, pending: _Pending, path: Path) -> None:
-        write_manifest(pending.part, pending.about, complete(pending.part))
-        if path.exists() and not (path / MANIFEST).is_file():
-            _put_aside(path)  # half a checkpoint: it never counted
-        replace_folder(pending.part, path, marker=MANIFEST)
+    def _commit(self, pending: _Pending, path: Path) -> str:
+        """Give a checkpoint that is written its name, in the background; why it has none."""
+        try:
+            write_manifest(pending.part, pending.about, complete(pending.part))
+            if path.exists() and not (path / MANIFEST).is_file():
+                _put_aside(path)  # half a checkpoint: it never counted
+            replace_folder(pending.part, path, marker=MANIFEST)
+        except (OSError, UsageError) as error:
+            discard(pending.part)
+            return f"step {pending.step} was not saved: {error}"
         logger.info("saved %s, begun %.1f s ago", path, time.perf_counter() - pending.begun)
-        self._prune()
+        self._removal = self._background.submit(self._drop_old)
+        return ""
 
-    def _prune(self) -> None:
+    def _drop_old(self) -> None:
         """Drop what need not stay: hidden at once, gone in a while."""
-        whole = complete_checkpoints(self._folder)
-        hidden = []
-        for path in whole[: -self._keep.newest]:
+        for path in complete_checkpoints(self._folder)[: -self._keep.newest]:
             step = step_of(path)
             if step in self._keep.steps or (self._keep.every and step % self._keep.every == 0):
                 continue
             if path.name == best_checkpoint(self._folder):
                 continue
-            hidden.append(path.with_name(f".{path.name}.old"))
-            shutil.rmtree(hidden[-1], ignore_errors=True)
-            path.rename(hidden[-1])
-        # Thousands of gigabytes take a file system long to forget.
-        self._removal = threading.Thread(target=_remove, args=(hidden,))
-        self._removal.start()
+            hidden = path.with_name(f".{path.name}.old")
+            shutil.rmtree(hidden, ignore_errors=True)
+            try:
+                path.rename(hidden)
+            except OSError as error:
+                logger.warning("an old checkpoint stays: %s", error)
+            # Thousands of gigabytes take a file system long to forget.
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 BEST = "best"
@@ -308,11 +330,6 @@ def _put_aside(path: Path) -> None:
     target = path.with_name(f"{path.name}.damaged")
     shutil.rmtree(target, ignore_errors=True)
     path.rename(target)
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _reason(error: CheckpointException) -> str:

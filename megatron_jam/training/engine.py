@@ -87,7 +87,7 @@ class MegatronEngine:
 
     def take_state(self, loaded: Mapping[str, Any]) -> None:
         """See Engine."""
-        take_state(self.chunks, self.optimizer, loaded)
+        take_state(self.chunks, self.optimizer, loaded, self._world)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor | None]]:
         """See Engine."""

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ class Training:
             context_length=config.context_length,
             seed=config.seed,
             index_cache=config.loader.index_cache,
+            poll=self._stop_poll,
         )
         self.config = config = config.with_steps(self._dataset.epoch_size)
         self._epoch_ends = (
@@ -211,6 +213,7 @@ class Training:
         self._log_dropped(last - first)
         if last == config.steps:
             self._finish()
+        self._stop_poll.ends()
 
     def _advance(self, step: int) -> None:
         """Step `step`, from 0, with all that belongs to it."""
@@ -250,6 +253,7 @@ class Training:
         save = is_due(config.checkpoint_every) or ends_epoch
         if save and not self.health.skipped_in_a_row:
             self._save()
+            self._stop_poll()  # what was asked meanwhile finds all saved
 
     def _make_step(self, step: int) -> StepResult:
         config = self.config
@@ -288,13 +292,19 @@ class Training:
 
     def _measure(self) -> None:
         self.engine.finish_weights()
-        measured = self._validate(self.engine.forward, self._poll_in_validation)
+        measured = self._validate(self.engine.forward, partial(self.poll, "validation"))
         self._measured = self._done
         for each in self._callbacks:
             each.validated(self._done, measured)
 
-    def _poll_in_validation(self) -> None:
-        self._watchdog.progress(self._done, "validation after the end")
+    def poll(self, what: str) -> None:
+        """In what takes long between two steps, now and then: it makes progress, and may have to
+        stop. All ranks take part.
+
+        Raises:
+            StopRequested: on all of them.
+        """
+        self._watchdog.progress(self._done, f"{what} after the end")
         self._stop_poll()
 
     def _log_dropped(self, num_steps: int) -> None:
@@ -307,6 +317,7 @@ class Training:
 
     def _finish(self) -> None:
         self._measure()
+        self.poll("export")
         config = self.config
         weights = config.output / "weights"
         provenance = {

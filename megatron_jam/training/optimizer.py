@@ -24,6 +24,7 @@ from megatron_jam.models.jam import JamModel
 from megatron_jam.models.parameters import part_of_model
 from megatron_jam.models.sharding import holders
 from megatron_jam.parallel.world import World
+from megatron_jam.training.moments import members
 
 
 def wrap_chunks(
@@ -43,9 +44,6 @@ def wrap_chunks(
         distributed_optimizer: whether each replica updates its own share of the weights.
         bucket_size: weights whose gradients are summed at once where that overlaps the backward
             pass; Megatron's default is 40 million, or a million for each replica.
-
-    Raises:
-        UsageError: if buckets cannot be cut so that a checkpoint can hold their optimizer's state.
     """
     for chunk in chunks:
         holders(chunk)  # marks the parameters for Megatron
@@ -66,7 +64,6 @@ def wrap_chunks(
     if overlaps:
         (only,) = wrapped  # stages, and so chunks, are refused by ParallelConfig
         only.module.config.no_sync_func = only.no_sync
-        _check_buckets(only)
     return wrapped
 
 
@@ -111,7 +108,7 @@ def build_optimizer(
     # Megatron leaves the multiple to its scheduler, which nothing here uses.
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
-    for each in _members(optimizer):
+    for each in members(optimizer):
         if not each.is_stub_optimizer:
             # Else a run that has not made a step yet could not be saved.
             each.init_state_fn(each.optimizer, each.config)
@@ -129,7 +126,7 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> Non
 def update(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip the gradient, whose norm is known, and change the weights: what is left of Megatron's
     `step` after `prepare_grads` and `get_grad_norm`."""
-    for each in _members(optimizer):
+    for each in members(optimizer):
         parameters = [] if each.is_stub_optimizer else each.get_parameters()
         if parameters:
             clip_grad_by_total_norm_fp32(
@@ -139,11 +136,6 @@ def update(optimizer: MegatronOptimizer, norm: float) -> None:
                 use_decoupled_grad=each.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
-
-
-def _members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers that a chain of Megatron's is made of."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def check_factors(factors: Collection[str], model: ModelConfig) -> None:
@@ -187,7 +179,7 @@ class PartNorms:
         return {name: value for name, value in zip(self._held, values, strict=True) if value}
 
     def _group(self) -> dist.ProcessGroup:
-        return _members(self._optimizer)[0].get_grad_stats_parallel_group()
+        return members(self._optimizer)[0].get_grad_stats_parallel_group()
 
 
 def _updated(optimizer: MegatronOptimizer, weight: nn.Parameter) -> list[nn.Parameter]:
@@ -195,7 +187,7 @@ def _updated(optimizer: MegatronOptimizer, weight: nn.Parameter) -> list[nn.Para
     or itself; nothing where another replica does or the weight does not learn."""
     if not weight.requires_grad:
         return []
-    for each in _members(optimizer):
+    for each in members(optimizer):
         places = getattr(each, "model_param_group_index_map", None)
         if places is not None:
             if weight not in places:
@@ -222,18 +214,6 @@ def _overrides(
         belongs = ParamPredicate(name=part, fn=lambda weight, p=part: weight.part_of_model == p)
         overrides[ParamKey(predicate=belongs)] = {"lr_mult": factor}
     return overrides
-
-
-def _check_buckets(wrapped: DistributedDataParallel) -> None:
-    """Megatron writes the optimizer's state shifted behind a padded bucket, without a word."""
-    for buffer in wrapped.buffers:
-        for bucket in buffer.buckets[:-1]:
-            if bucket.numel_unpadded != bucket.grad_data.numel():
-                raise UsageError(
-                    "parallel.overlap_gradients: the sizes of this model's weights do not divide by"
-                    f" {wrapped.dp_cp_group.size()} replicas, so that checkpoints would be wrong;"
-                    " leave it off"
-                )
 
 
 def _finalize(

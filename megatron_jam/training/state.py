@@ -4,12 +4,14 @@ Every tensor has one global name, so any TP x PP x DP reads what another one wro
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
+    apply_factories,
     is_main_replica,
 )
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -22,9 +24,16 @@ from megatron.core.utils import (
 from megatron_jam.models.jam import JamModel
 from megatron_jam.models.sharding import Holder, holders
 from megatron_jam.parallel.world import World
+from megatron_jam.training.moments import (
+    Share,
+    empty_states,
+    find_shares,
+    take_states,
+    whole_states,
+)
 
-# The only layout of the optimizer's state that any TP x PP x DP can load.
-_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+STATE = "optimizer.state"
+"""What the names of the optimizer's tensors begin with, as in Megatron's own checkpoints."""
 
 
 def sharded_state(
@@ -32,25 +41,81 @@ def sharded_state(
 ) -> dict[str, Any]:
     """Model and optimizer of this rank by global names; all ranks take part.
 
-    To save, the replicas' shares of the optimizer's state are gathered on the first of them.
+    To save, each weight and its moments are one replica's; to load, each replica asks for whole
+    weights, and for the moments of those of which it updates a part.
     """
+    shares = find_shares(optimizer, world.replicas)
     model = {}
-    for chunk in chunks:
-        for holder in holders(chunk):
-            model[_local_key(holder)] = sharded(holder, world)
-    state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)
-    return {"model": model, "optimizer": state}
+    for number, holder in enumerate(_held(chunks)):
+        share = shares.get(id(holder.parameter))
+        writer = share.owner if share else number % world.replicas.size
+        replica = int(writer != world.replicas.rank)
+        model[_local_key(holder)] = sharded(holder, world, replica=replica)
+    learning = _learning(chunks, shares)
+    if is_loading:
+        states = empty_states([share for _, share in learning])
+    else:
+        # Of a tied table one stage writes the moments, too.
+        learning = [(holder, share) for holder, share in learning if not holder.is_copy]
+        states = whole_states([share for _, share in learning], world.replicas)
+    moments = {}
+    for (holder, share), state in zip(learning, states, strict=True):
+        for kind, value in state.items():
+            name, replica = f"{STATE}.{kind}.", int(not share.is_owner)
+            held = replace(holder, parameter=value, key=name + holder.key)
+            moments[name + _local_key(holder)] = sharded(held, world, replica=replica)
+    described = {**optimizer.state_dict(), "param_state_sharding_type": "fully_reshardable"}
+    state = {"model": model, "optimizer": described}
+    return {**state, "moments": moments} if moments else state
 
 
 @torch.no_grad()
 def take_state(
-    chunks: Sequence[JamModel], optimizer: MegatronOptimizer, loaded: Mapping[str, Any]
+    chunks: Sequence[JamModel],
+    optimizer: MegatronOptimizer,
+    loaded: Mapping[str, Any],
+    world: World,
 ) -> None:
     """Put what was loaded for `sharded_state` into model and optimizer."""
-    for chunk in chunks:
-        for holder in holders(chunk):
-            holder.parameter.copy_(loaded["model"][_local_key(holder)])
+    for holder in _held(chunks):
+        value = loaded["model"][_local_key(holder)]
+        if value.data_ptr() != holder.parameter.data_ptr():
+            holder.parameter.copy_(value)
     optimizer.load_state_dict(loaded["optimizer"])
+    shares = find_shares(optimizer, world.replicas)
+    for holder, share in _learning(chunks, shares):
+        keys = {kind: f"{STATE}.{kind}.{_local_key(holder)}" for kind in share.tensors}
+        take_states(share, {kind: loaded["moments"][key] for kind, key in keys.items()})
+
+
+def _held(chunks: Sequence[JamModel]) -> list[Holder]:
+    return [holder for chunk in chunks for holder in holders(chunk)]
+
+
+def _learning(
+    chunks: Sequence[JamModel], shares: Mapping[int, Share]
+) -> list[tuple[Holder, Share]]:
+    found = ((each, shares.get(id(each.parameter))) for each in _held(chunks))
+    return [(holder, share) for holder, share in found if share is not None]
+
+
+def unshare(state: dict[str, Any]) -> None:
+    """Give tensors that are to be saved storages of their own, over the same memory.
+
+    Megatron copies what is part of a larger storage, as weights in a buffer are, before it forks.
+    That is needless: what the fork sees of memory stays as it is.
+    """
+    apply_factories(state)
+    for each in _sharded_parts(state):
+        if isinstance(each.data, torch.Tensor):
+            each.data = _alone(each.data)
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return tensor
+    memory = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape)
 
 
 def bytes_to_write(state: Mapping[str, Any]) -> int:

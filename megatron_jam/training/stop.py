@@ -59,4 +59,9 @@ class StopPoll:
         """Say that the run, which stands at `step`, is to be started again."""
         if self._world.rank == 0:
             write_text_atomically(self._requeue, f"stopped at step {step} by {reason}\n")
+        self.ends()
+
+    def ends(self) -> None:
+        """The run is over: what it is asked to do now, the next start is not to do."""
+        if self._world.rank == 0:
             self._stop.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_jam.config.cli import tell_torchrun
 from megatron_jam.config.log import logger
 from megatron_jam.parallel.world import World
 
@@ -84,7 +85,7 @@ class Watchdog:
                 # The others find out at about the same time; what they say is worth waiting for.
                 if not self._ended.wait(2 * self._interval):
                     self._tell()
-                    self._report()
+                    tell_torchrun(self._report())
                 self._leave(EXIT_HANG)
                 return
 
@@ -111,20 +112,21 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
-    def _report(self) -> None:
-        """Say who is late, if this is the first rank that answers."""
+    def _report(self) -> str:
+        """Who is late; said if this is the first rank that answers."""
         states = self._states()
         fresh = 3 * self._interval
         answers = {r: s for r, s in states.items() if s and time.time() - s["at"] < fresh}
-        if self._rank != min(answers, default=self._rank):
-            return
         lines = [f"no progress for {self._seconds:g} s; {_late(states, answers)}"]
+        if self._rank != min(answers, default=self._rank):
+            return lines[0]
         lines += [
             f"  rank {r} {_said(s) if s else 'has never answered'}" for r, s in states.items()
         ]
         report = "\n".join(lines)
         (self._folder / "report.txt").write_text(report + "\n", encoding="utf-8")
         logger.error("%s | stacks and all ranks' states: %s", lines[0], self._folder)
+        return lines[0]
 
     def _states(self) -> dict[int, dict[str, Any] | None]:
         """What each rank said last."""

@@ -30,14 +30,13 @@ from megatron_jam.parallel.device import synchronize
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.training.losses import Losses
+from megatron_jam.training.moments import KINDS
 from megatron_jam.training.optimizer import check_factors, set_learning_rate
-from megatron_jam.training.state import sharded
+from megatron_jam.training.state import STATE, sharded
 from megatron_jam.training.step import Batch, ForwardBackward, Judge, StepResult
 from megatron_jam.weights.load import whole_weights
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-_STATE = "optimizer.state"
-"""What the names of Megatron's optimizer's state begin with in a checkpoint."""
+MOMENTS = KINDS[1:]
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -177,7 +176,7 @@ class ZeroEngine:
             weight = found.pop("weight")
             state["model"][holder.key] = self._sharded(holder, weight, "")
             for kind, value in found.items():
-                prefix = f"{_STATE}.{kind}."
+                prefix = f"{STATE}.{kind}."
                 state["moments"][prefix + holder.key] = self._sharded(holder, value, prefix)
         state["optimizer"] = {"optimizer": {"param_groups": self._described_groups()}}
         state["optimizer"]["param_state_sharding_type"] = "fully_reshardable"
@@ -229,8 +228,8 @@ class ZeroEngine:
         for state in self.deepspeed.optimizer.optimizer.state.values():
             state["step"].fill_(loaded["optimizer"]["optimizer"]["param_groups"][0]["step"])
         for number, holder in owned:
-            for kind in ("param", *MOMENTS) if holder.parameter.requires_grad else ():
-                value = loaded.get("moments", {}).get(f"{_STATE}.{kind}.{holder.key}")
+            for kind in KINDS if holder.parameter.requires_grad else ():
+                value = loaded.get("moments", {}).get(f"{STATE}.{kind}.{holder.key}")
                 self._put(holder.parameter, kind, self._from_owner(number, value, holder))
 
     def _from_owner(self, number: int, value: Tensor | None, holder: Holder) -> Tensor:
@@ -365,7 +364,7 @@ def _empty_state(holder: Holder) -> dict[str, Tensor]:
     shape, dtype = _shape(holder.parameter), holder.parameter.dtype
     found = {"weight": torch.empty(shape, dtype=dtype)}
     if holder.parameter.requires_grad:
-        found |= {kind: torch.empty(shape) for kind in ("param", *MOMENTS)}
+        found |= {kind: torch.empty(shape) for kind in KINDS}
     return found
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_jam.config.cli import one_line_errors, run_command
 from megatron_jam.config.errors import UsageError
@@ -37,6 +38,30 @@ def test_one_rank_of_a_machine_speaks(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert leaves_with(UsageError("steps is 0"), capsys) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UsageError("steps is 0"), "error: steps is 0"),
+        (ValueError("a bug"), "ValueError: a bug"),
+    ],
+)
+def test_the_reason_ends_the_report_of_torchrun(
+    error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read and laid out by torchrun's own code; without it nothing is written."""
+    path = tmp_path / "error.json"
+    for has_torchrun in (False, True):
+        if has_torchrun:
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+        with pytest.raises((SystemExit, ValueError)), one_line_errors():
+            raise error
+        assert path.exists() == has_torchrun
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
+    *_, last, border = str(ChildFailedError("train", {0: failure})).splitlines()
+    assert last.removeprefix("  traceback :").strip() == told
+    assert set(border) == {"="}
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError("no name"), OSError(28)])

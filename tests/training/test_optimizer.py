@@ -153,17 +153,6 @@ def test_overlapping_changes_nothing(
         torch.testing.assert_close(found[2][name], value, rtol=1e-5, atol=1e-6)
 
 
-def in_padded_buckets(world: World, path: Path) -> Any:
-    return train(world, path, 1, {}, bucket_size=100)
-
-
-def test_buckets_that_checkpoints_cannot_hold_are_refused(pool: WorkerPool, tmp_path: Path) -> None:
-    config = pico_config("tower", affine_norm=True, bias=True)
-    path = pico_folder(tmp_path / "opt", config, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="do not divide by 2 replicas"):
-        pool.run(in_padded_buckets, OVERLAPS[0], path, data=2)
-
-
 def test_a_run_that_overlaps_resumes_bit_for_bit(
     pool: WorkerPool, material: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -2,24 +2,25 @@
 
 import os
 import signal
-from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_jam.config import signals
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.config.run import RunConfig
+from megatron_jam.evaluation import perplexity
 from megatron_jam.parallel.world import World
+from megatron_jam.training import loop
 from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import complete_checkpoints
-from megatron_jam.training.loop import Training
-from megatron_jam.training.losses import Losses
 from megatron_jam.training.step import StepResult
 from megatron_jam.training.stop import StopRequested
-from megatron_jam.weights.folder import WeightsFolder
 from tests.helpers.pool import WorkerPool
 from tests.helpers.training import (
     HALF,
@@ -90,31 +91,76 @@ def test_a_stopped_run_is_saved_and_goes_on(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def stopped_in_validation(world: World, values: dict[str, Any]) -> tuple[int, str]:
-    """Run with a validation that would never end, and in which the stop file appears."""
-    config = RunConfig(**values)
-    seen = []
+def hooked(place: Any, name: str, *, is_after: bool) -> Any:
+    """A context in which SIGTERM comes to this process, and to the writers of its checkpoint, as it
+    calls `place.name`, or when that is done."""
+    plain = getattr(place, name)
 
-    def validate(_: Any, poll: Any) -> Mapping[str, Losses]:
-        while True:
-            seen.append(len(seen))
-            if len(seen) == 3:
-                (config.output / "stop").touch()
-            poll()
+    def call(*args: Any, **kwargs: Any) -> Any:
+        answer = plain(*args, **kwargs) if is_after else None
+        for process in (psutil.Process(), *psutil.Process().children()):
+            process.send_signal(signal.SIGTERM)
+        return answer if is_after else plain(*args, **kwargs)
 
-    training = Training(config, WeightsFolder(config.weights), world, validate)
-    with pytest.raises(StopRequested) as raised:
-        training.run()
-    return len(seen), str(raised.value)
+    return mock.patch.object(place, name, call)
 
 
-def test_a_validation_is_left_when_asked(
+MOMENTS: dict[str, tuple[Any, str, bool, int]] = {
+    "building data": (loop, "build_dataset", False, 0),
+    "building the model": (loop, "build_engine", False, 0),
+    "loading": (loop.Checkpoints, "load_latest", False, 0),
+    "the first step": (loop.GlobalBatches, "__call__", False, 1),
+    "writing": (loop.Checkpoints, "save", True, HALF),
+    "a waited save": (loop.Checkpoints, "finish", False, HALF),
+    "validation": (perplexity, "_rounds", False, HALF),
+    "the last validation": (perplexity, "_rounds", False, STEPS),
+}
+"""What is called, whether the signals come after it, and the step at which the run then stands."""
+
+
+def stopped_at_each_moment(world: World, values: dict[str, Any]) -> dict[str, tuple[str, int]]:
+    """Runs of which the last rank is asked in each moment; what it was told and had made. Then they
+    are started again."""
+    found, before = {}, {each: signal.getsignal(each) for each in signals.STOPPING}
+    for moment, (place, name, is_after, _) in MOMENTS.items():
+        changed = {**values, "output": values["output"] / moment}
+        changed["validate_every"] = HALF if moment == "validation" else 0
+        changed["async_checkpoints"] = moment != "a waited save"
+        signals.catch_signals()
+        asked = world.rank == world.size - 1
+        try:
+            hook = hooked(place, name, is_after=is_after) if asked else nullcontext()
+            with hook, pytest.raises(StopRequested) as raised:
+                build_training(world, changed).run()
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            signals._received.clear()
+        dist.barrier()
+        told = (changed["output"] / "requeue").read_text().split()
+        found[moment] = (str(raised.value), int(told[3]))
+        dist.barrier()
+        build_training(world, changed).run()
+    return found
+
+
+def test_a_signal_at_any_moment_loses_nothing(
     material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
-    values = settings(material, tmp_path / "run", ParallelConfig(), validate_every=HALF)
-    (found,) = pool.run(stopped_in_validation, ParallelConfig(), values)
-    assert found == (3, str(tmp_path / "run/stop"))
-    assert [p.name for p in complete_checkpoints(tmp_path / "run/checkpoints")] == ["step-00000002"]
+    """The run stops there, and at the end is the undisturbed one."""
+    parallel, data = LAYOUTS["dp2"]
+    pool.run(run_training, parallel, settings(material, tmp_path / "whole", parallel), data=data)
+    values = settings(material, tmp_path, parallel, checkpoint_every=HALF)
+    for found in pool.run(stopped_at_each_moment, parallel, values, data=data):
+        assert found == {moment: ("SIGTERM", due) for moment, (*_, due) in MOMENTS.items()}
+    due = tensors(tmp_path / "whole")
+    for moment in MOMENTS:
+        assert losses(tmp_path / moment) == losses(tmp_path / "whole"), moment
+        made = tensors(tmp_path / moment)
+        assert all(torch.equal(due[name], made[name]) for name in due), moment
+        assert not (tmp_path / moment / "requeue").exists()
+        steps = [int(p.name[5:]) for p in complete_checkpoints(tmp_path / moment / "checkpoints")]
+        assert steps == [HALF, STEPS], moment
 
 
 def stopped_while_built(world: World, values: dict[str, Any]) -> None:
