@@ -9,7 +9,6 @@ folder its name by one rename: a checkpoint is whole or is not there. Megatron's
 a checkpoint is trusted input, unlike a weights folder.
 """
 
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -32,11 +31,15 @@ from megatron_jam.config.files import replace_folder, write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.parallel.world import World
 from megatron_jam.training.engine import Engine
-from megatron_jam.training.manifest import MANIFEST, find_damage, read_manifest, write_manifest
+from megatron_jam.training.manifest import (
+    MANIFEST,
+    NAME,
+    find_damage,
+    read_manifest,
+    write_manifest,
+)
 from megatron_jam.training.staging import complete, discard, free_reserve, hashing, stage
 from megatron_jam.training.state import bytes_to_write, unshare
-
-_NAME = re.compile(r"step-(\d{8})")
 
 
 class SaveFailed(UsageError):
@@ -315,7 +318,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """Steps that a checkpoint is of, by its name."""
-    found = _NAME.fullmatch(path.name)
+    found = NAME.fullmatch(path.name)
     assert found
     return int(found[1])
 
@@ -323,7 +326,7 @@ def step_of(path: Path) -> int:
 def _named_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name))
+    return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name))
 
 
 def _put_aside(path: Path) -> None:

@@ -5,6 +5,7 @@ The manifest, jam.json, is written last: a folder that has none is no checkpoint
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from megatron_jam.config.files import read_json, write_text_atomically
 from megatron_jam.parallel.world import World
 
 MANIFEST = "jam.json"
+NAME = re.compile(r"step-(\d{8})")
+"""What a checkpoint's folder is called in its run."""
 _PIECE = 1 << 22
 _KEYS = {"step", "identity", "counters", "files", "sha256"}
 
@@ -69,9 +72,14 @@ def find_damage(folder: Path, world: World | None = None) -> list[str]:
     and get the same answer."""
     rank, size = (0, 1) if world is None else (world.rank, world.size)
     try:
-        listed = read_manifest(folder)["files"]
-        strangers = sorted(set(_files(folder)) - listed.keys()) if rank == 0 else []
-        found = [f"{folder / name} is not in the manifest" for name in strangers]
+        manifest = read_manifest(folder)
+        listed, found = manifest["files"], []
+        if rank == 0:
+            name = NAME.fullmatch(folder.name)
+            if name and int(name[1]) != manifest["step"]:
+                found.append(f"{folder} holds the checkpoint of step {manifest['step']}")
+            strangers = sorted(set(_files(folder)) - listed.keys())
+            found += [f"{folder / name} is not in the manifest" for name in strangers]
         # Large files next to each other would else fall to one rank.
         by_size = sorted(listed, key=lambda name: (-listed[name]["bytes"], name))
         for name in by_size[rank::size]:

@@ -72,13 +72,16 @@ class Watchdog:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
 
     def progress(self, step: int, what: str) -> None:
         """The main thread has got on: it is at step `step`, counted from 1, and begins `what`."""
         self._step, self._what, self._since = step, what, time.monotonic()
 
     def _watch(self) -> None:
+        self._rely_on_c()
         while not self._ended.wait(self._interval):
+            self._rely_on_c()
             state = self._tell()
             if state["idle"] > self._seconds:
                 self._dump(state)
@@ -88,6 +91,11 @@ class Watchdog:
                     tell_torchrun(self._report())
                 self._leave(EXIT_HANG)
                 return
+
+    def _rely_on_c(self) -> None:
+        """If not even the watching thread gets on, as while C code keeps the interpreter's lock, the
+        stacks go to standard error."""
+        faulthandler.dump_traceback_later(self._seconds, file=sys.__stderr__)
 
     def _tell(self) -> dict[str, Any]:
         state = {

@@ -206,7 +206,13 @@ def add(path: Path) -> str:
     return "__9_9.distcp is not in the manifest"
 
 
-@pytest.mark.parametrize("spoil", [truncate, flip, miss, halve, swap, edit, cut, add])
+def rename(path: Path) -> str:
+    shutil.rmtree(path)
+    shutil.copytree(path.with_name("step-00000002"), path)
+    return "step-00000004 holds the checkpoint of step 2"
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip, miss, halve, swap, edit, cut, add, rename])
 def test_damage_is_found_and_named(
     spoil: Callable[[Path], str], saved: Path, tmp_path: Path
 ) -> None:
@@ -228,12 +234,15 @@ def test_a_damaged_checkpoint_stops_the_run_or_the_one_before_is_taken(
     output = tmp_path / "run"
     shutil.copytree(saved, output)
     flip(output / "checkpoints/step-00000004")
+    part = output / "checkpoints/.step-00000006.0123abcd.part"
+    part.mkdir()  # of a save that a kill ended
     values = settings(material, output, parallel)
     with pytest.raises(RuntimeError, match=r"on_damage previous` goes on from .*-00000002, the"):
         pool.run(run_training, parallel, values, data=data)
     pool.run(run_training, parallel, {**values, "on_damage": "previous"}, data=data)
     names = sorted(path.name for path in (output / "checkpoints").glob("step-*"))
     assert names == ["step-00000002", "step-00000004", "step-00000004.damaged"]
+    assert not part.exists()
     assert losses(output) == pytest.approx(losses(saved), rel=1e-5)
     # With all of them damaged the run would begin anew.
     for name in names[:2]:

@@ -1,6 +1,8 @@
 """Runs that make no progress, copies that differ, memory that is planned and measured."""
 
+import ctypes
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,35 @@ def test_the_rank_that_is_late_is_named_with_step_and_place(
     assert "all_reduce" in stacks[0]
     assert "test_watchdog.py" in stacks[1]
     assert len(losses(tmp_path / "run")) == 4
+
+
+def keep_the_lock(world: World, output: Path) -> list[int]:
+    """A rank that is stuck in C code with the interpreter's lock; its standard error goes to a
+    file."""
+    statuses: list[int] = []
+    before = os.dup(2)
+    with (output / "stderr").open("w") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            with Watchdog(output, world, seconds=0.5, leave=statuses.append) as watchdog:
+                watchdog.progress(7, "work")
+                time.sleep(0.3)
+                ctypes.PyDLL(None).usleep(1_200_000)
+                time.sleep(0.5)
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+    return statuses
+
+
+def test_stacks_of_a_rank_that_keeps_the_interpreters_lock(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    assert pool.run(keep_the_lock, ParallelConfig(), tmp_path) == [[EXIT_HANG]]
+    said = (tmp_path / "stderr").read_text()
+    assert said.startswith("Timeout (0:00:00.5")
+    assert "in keep_the_lock" in said
+    assert "work of step 7" in (tmp_path / "stacks/report.txt").read_text()
 
 
 class Flips(Callback):
