@@ -6,12 +6,14 @@ import itertools
 import os
 import shutil
 import tempfile
-from functools import partial
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
 
 from benchmarks.models import RATE, tower_config
 from benchmarks.timing import Row, Run, row, seconds, speed_over
@@ -67,7 +69,7 @@ class Saves:
         ids = {"text_size": VOCABULARY - 20, "num_image_codes": 2, "num_sentinels": 16}
         model = JamModel(large, world, dtype=torch.float32)
         engine = MegatronEngine([model], config, world, JointVocabulary.build(**ids))
-        self._state = partial(engine.sharded_state, is_loading=False)
+        self._engine = engine
         self._world, self._root, self._steps = world, root, itertools.count(1)
         self.ours = Checkpoints(root / "ours", engine, world, identity={}, keep=Keep(newest=1))
 
@@ -80,6 +82,16 @@ class Saves:
         """What training waits for."""
         self.ours.save(next(self._steps), {})
 
+    def stall(self) -> float:
+        """Seconds that a save keeps training of steps of a quarter of a second."""
+        waited, path = seconds(self.begin), None
+        while path is None:
+            time.sleep(0.25)
+            start = time.perf_counter()
+            path = self.ours.poll()
+            waited += time.perf_counter() - start
+        return waited
+
     def whole(self) -> None:
         """Until the checkpoint is committed."""
         self.begin()
@@ -87,8 +99,28 @@ class Saves:
 
     def plain(self) -> None:
         """Megatron's, which waits, and writes no checksums."""
+        dist_checkpointing.save(self._megatrons_state(), str(self._fresh("plain")))
+
+    def plain_stall(self) -> float:
+        """Seconds until Megatron's writer, a fork, has been started."""
         path = self._fresh("plain")
-        dist_checkpointing.save(self._state(), str(path))
+        start = time.perf_counter()
+        state = self._megatrons_state()
+        request = dist_checkpointing.save(state, str(path), async_sharded_save=True)
+        writer = TemporalAsyncCaller()
+        writer.schedule_async_call(request)
+        waited = time.perf_counter() - start
+        writer.is_current_async_call_done(blocking=True, no_dist=False)
+        start = time.perf_counter()
+        for finalize in request.finalize_fns:
+            finalize()
+        return waited + time.perf_counter() - start
+
+    def _megatrons_state(self) -> dict[str, Any]:
+        model = self._engine.sharded_state(is_loading=False)["model"]
+        kind = {"distrib_optim_sharding_type": "fully_reshardable"}
+        state = self._engine.optimizer.sharded_state_dict(model, is_loading=False, metadata=kind)
+        return {"model": model, "optimizer": state}
 
     def copy(self) -> None:
         """The files' bytes, to the same file system."""
@@ -112,11 +144,10 @@ class Saves:
 def saves(config: RunConfig, world: World, root: Path, pairs: int) -> list[Row]:
     """Stall, save and load."""
     timed = Saves(config, world, root)
-    stalls, over = [], []
-    for _ in range(pairs + 1):
-        stalls.append(seconds(timed.begin))
-        timed.ours.finish()
-        over.append(seconds(timed.whole) / stalls[-1])
+    trials = [(timed.stall(), seconds(timed.whole), timed.plain_stall()) for _ in range(pairs + 2)][
+        2:
+    ]
+    over = [whole / stall for stall, whole, _ in trials]
     files = [each for each in timed.newest().rglob("*") if each.is_file()]
     size = f"{sum(each.stat().st_size for each in files) / 1e6:.0f} MB"
     compared = {
@@ -128,9 +159,11 @@ def saves(config: RunConfig, world: World, root: Path, pairs: int) -> list[Row]:
         "speed of checking and loading over cp and fsync": (timed.ours.load_latest, timed.copy),
     }
     return [
-        row(f"{size}: time of a waited save over an asynchronous one's stall", over[1:]),
-        row("seconds of the stall", stalls[1:]),
+        row(f"{size}: time of a waited save over an asynchronous one's stall", over),
+        row("seconds of the stall", [stall for stall, *_ in trials]),
+        row("stall of Megatron's own asynchronous save over ours", [p / s for s, _, p in trials]),
         *(speed_over(name, *runs, pairs=pairs) for name, runs in compared.items()),
+        row("seconds of checking and loading", [seconds(timed.ours.load_latest) for _ in over]),
     ]
 
 

@@ -6,10 +6,12 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from torch.serialization import set_crc32_options
 
 from megatron_jam.config.files import write_text_atomically
 from megatron_jam.training.manifest import file_sha256
@@ -90,9 +92,12 @@ class _WriteAndHash:
         self._write, self._part, self._rank = write, part, rank
 
     def __call__(self, rank: int, buckets: Sequence[Any], results: Any) -> None:
+        set_crc32_options(False)  # a second checksum of every byte, which nothing reads
         self._write(rank, buckets, results)
-        written = [Path(bucket[0]) for bucket in buckets]
-        hashes = {path.name: file_sha256(path) for path in written if path.is_file()}
+        written = [path for bucket in buckets if (path := Path(bucket[0])).is_file()]
+        with ThreadPoolExecutor(len(buckets)) as threads:
+            found = threads.map(file_sha256, written)
+        hashes = {path.name: each for path, each in zip(written, found, strict=True)}
         write_text_atomically(self._part / _HASHES.format(self._rank), json.dumps(hashes))
 
 

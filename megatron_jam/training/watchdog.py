@@ -93,8 +93,8 @@ class Watchdog:
                 return
 
     def _rely_on_c(self) -> None:
-        """If not even the watching thread gets on, as while C code keeps the interpreter's lock, the
-        stacks go to standard error."""
+        """If not even the watching thread gets on, as where C code keeps the interpreter's lock,
+        the stacks go to standard error."""
         faulthandler.dump_traceback_later(self._seconds, file=sys.__stderr__)
 
     def _tell(self) -> dict[str, Any]:
