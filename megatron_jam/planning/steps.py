@@ -64,20 +64,32 @@ class Step:
 
 def kept(steps: Sequence[Step]) -> int:
     """Bytes of all tensors that `steps` keep."""
-    tensors = {name: size for step in steps for name, size in step.keeps.items()}
-    return sum(tensors.values())
+    return _kept_so_far(steps)[-1]
+
+
+def _kept_so_far(steps: Sequence[Step]) -> list[int]:
+    """Bytes of all tensors that the first 0, 1, 2, ... of `steps` keep."""
+    tensors: dict[str, int] = {}
+    sums = [0]
+    for step in steps:
+        sums.append(
+            sums[-1] + sum(size - tensors.get(each, 0) for each, size in step.keeps.items())
+        )
+        tensors |= step.keeps
+    return sums
 
 
 def backward_peak(steps: Sequence[Step], sizes: Sizes) -> int:
     """Most bytes held at once while the backward pass goes through `steps`, what they keep
     included."""
-    most, gradient = kept(steps), 0
+    so_far = _kept_so_far(steps)
+    most, gradient = so_far[-1], 0
     # To an fp32 sum of gradients torch adds a bf16 one through an fp32 copy.
     copy = FP32 if sizes.is_low else 0
     for number in reversed(range(len(steps))):
         step = steps[number]
         made = step.gradient + step.weight * sizes.width
-        most = max(most, kept(steps[: number + 1]) + gradient + made + step.works)
-        most = max(most, kept(steps[:number]) + made + step.weight * copy)
+        most = max(most, so_far[number + 1] + gradient + made + step.works)
+        most = max(most, so_far[number] + made + step.weight * copy)
         gradient = step.gradient
     return most

@@ -1,7 +1,8 @@
 """The same loss and gradients under every layout (DESIGN rule 1), and as the plain reference."""
 
 import dataclasses
-from functools import partial
+from collections.abc import Callable, Container
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,18 @@ ADDED_APART = partial(loss_and_gradients, main_gradients=False)
 
 SAMPLES, LENGTH = 4, 16
 EVERYWHERE = ["opt", "llama", "width", "cross", "unequal"]
-"""Models for every layout."""
+"""Models for every layout; of those of one tower some layouts by default, which have all that
+splits or repeats a model."""
+
+ONE_TOWER = (COMBINED, "tp4-pp2-sp", "tp2-pp2-interleaved-dp2")
+"""Those."""
+
+
+def unless_slow(kind: str, layout: str, *, by_default: Container[str]) -> Any:
+    """A case that runs by default if its model is "cross" or "unequal", or its layout is listed."""
+    is_default = kind in ("cross", "unequal") or layout in by_default
+    return pytest.param(kind, layout, marks=[] if is_default else pytest.mark.slow)
+
 
 PER_TOWER = {"tables": "per_tower", "text_ids": [0, 300]}
 WIDE = {"head": "wide", "text_ids": [0, 300]}
@@ -118,6 +130,37 @@ def single(pool: WorkerPool, folders: dict[str, Path]) -> dict:
     }
 
 
+@pytest.fixture(scope="module")
+def single_in_fp32(pool: WorkerPool, folders: dict[str, Path]) -> Callable[[str], Any]:
+    """The same in fp32, of the models that are asked for."""
+
+    @cache
+    def run(kind: str) -> Any:
+        path = folders[kind]
+        run = (path, batch_of(path), torch.float32)
+        return pool.run(ADDED_APART, ParallelConfig(), *run)[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def single_steps(pool: WorkerPool, folders: dict[str, Path]) -> Callable[[str, bool], Any]:
+    """Losses and weights of three steps of one rank, of the models that are asked for."""
+
+    @cache
+    def run(kind: str, sharded: bool) -> Any:
+        steps = (folders[kind], batches_of(folders[kind]), torch.float32, sharded)
+        return pool.run(train_steps, ParallelConfig(), *steps)[0]
+
+    return run
+
+
+def batches_of(path: Path) -> list[dict[str, Tensor]]:
+    """Batches of three steps."""
+    size = WeightsFolder(path).config.vocab_size
+    return [random_batch(size, samples=SAMPLES, length=LENGTH, seed=i) for i in range(3)]
+
+
 def batch_of(path: Path) -> dict[str, Tensor]:
     """A batch for the model in `path`."""
     size = WeightsFolder(path).config.vocab_size
@@ -154,7 +197,7 @@ def test_gradients_reach_every_parameter(kind: str, single: dict) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [(kind, layout) for kind in EVERYWHERE for layout in LAYOUTS]
+    [unless_slow(kind, each, by_default=ONE_TOWER) for kind in EVERYWHERE for each in LAYOUTS]
     + [(kind, COMBINED) for kind in configs() if kind not in EVERYWHERE],
 )
 def test_layouts_agree(
@@ -170,8 +213,19 @@ def test_layouts_agree(
     assert distance(single[kind][1], gradients) < 1e-7
 
 
-@pytest.mark.parametrize("layout", [name for name, (_, data, _) in LAYOUTS.items() if data > 1])
-@pytest.mark.parametrize("kind", ["opt", "cross", "unequal"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        pytest.param(
+            kind,
+            layout,
+            marks=[] if kind == "cross" or layout == ONE_TOWER[-1] else pytest.mark.slow,
+        )
+        for kind in ("opt", "cross", "unequal")
+        for layout, (_, data, _) in LAYOUTS.items()
+        if data > 1
+    ],
+)
 def test_gradients_of_a_distributed_optimizer_agree(
     pool: WorkerPool, kind: str, layout: str, folders: dict[str, Path], single: dict
 ) -> None:
@@ -200,14 +254,18 @@ def test_accumulation_agrees(
     + [(each, "tp2-pp2-sp") for each in ("opt", "width", "unequal")],
 )
 def test_single_precision_agrees(
-    pool: WorkerPool, kind: str, layout: str, folders: dict[str, Path]
+    pool: WorkerPool,
+    kind: str,
+    layout: str,
+    folders: dict[str, Path],
+    single_in_fp32: Callable[[str], Any],
 ) -> None:
     """fp32 with GELU, as ReLU's kinks flip between layouts; weight gradients added within the
     product as against apart from it, which fp64 knows alone."""
     parallel, data, _ = LAYOUTS[layout]
     path = folders[kind]
     run = (path, batch_of(path), torch.float32)
-    base = pool.run(ADDED_APART, ParallelConfig(), *run)[0]
+    base = single_in_fp32(kind)
     other = pool.run(loss_and_gradients, parallel, *run, data=data)[0]
     assert other[0] == pytest.approx(base[0], rel=1e-6)
     assert distance(base[1], other[1]) < 1e-5
@@ -233,15 +291,18 @@ def test_bf16_gradients_are_added_to_fp32_sums(pool: WorkerPool, folders: dict[s
     + [("separate", "pp2-dp2", True), ("unequal", "pp2-dp2", True)],
 )
 def test_optimizer_steps_agree(
-    pool: WorkerPool, kind: str, layout: str, sharded: bool, folders: dict[str, Path]
+    pool: WorkerPool,
+    kind: str,
+    layout: str,
+    sharded: bool,
+    folders: dict[str, Path],
+    single_steps: Callable[[str, bool], Any],
 ) -> None:
     """Three steps with clipping active; Megatron's optimizer knows fp32 at most."""
-    path = folders[kind]
-    size = WeightsFolder(path).config.vocab_size
-    batches = [random_batch(size, samples=4, length=LENGTH, seed=i) for i in range(3)]
     parallel, data, _ = LAYOUTS[layout]
-    base = pool.run(train_steps, ParallelConfig(), path, batches, torch.float32, sharded)[0]
-    other = pool.run(train_steps, parallel, path, batches, torch.float32, sharded, data=data)[0]
+    base = single_steps(kind, sharded)
+    run = (folders[kind], batches_of(folders[kind]), torch.float32, sharded)
+    other = pool.run(train_steps, parallel, *run, data=data)[0]
     assert len(set(base[0])) == 3
     assert other[0] == pytest.approx(base[0], rel=1e-5)
     assert distance(base[1], other[1]) < 1e-5

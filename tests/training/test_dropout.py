@@ -37,7 +37,11 @@ def test_dropout_changes_training_alone(
 
 @pytest.mark.parametrize(
     "layout",
-    ["tp2", "tp2-sp", "tp2-pp2"],
+    [
+        pytest.param("tp2", marks=pytest.mark.slow),
+        pytest.param("tp2-sp", marks=pytest.mark.slow),
+        "tp2-pp2",  # also sequence parallel
+    ],
 )
 def test_resumed_run_draws_the_same(
     layout: str, material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
