@@ -2,7 +2,7 @@
 
 from megatron_jam.config.cli import run_command
 from megatron_jam.data.prepare.held_out import HeldOut, HeldOutConfig
-from megatron_jam.data.prepare.pairs import PairJob, Retrieval
+from megatron_jam.data.prepare.pairs import PairJob
 from megatron_jam.data.prepare.pictures import EncodingConfig, ImageEncoding
 from megatron_jam.data.prepare.running import OnBad, Run, Shard
 from megatron_jam.data.prepare.sheet import write_sheet
@@ -17,7 +17,7 @@ def main(
     prefix: str,
     *,
     encoding: EncodingConfig = EncodingConfig(),
-    retrieval: Retrieval = Retrieval(),
+    retrieved: int = 0,
     sheet: int = 24,
     bad: OnBad = "skip",
     workers: int | None = None,
@@ -39,7 +39,8 @@ def main(
             made them.
         prefix: path of the set, without an ending.
         encoding: how pictures are encoded.
-        retrieval: how many of a record's `retrieved` records are laid out in front of it.
+        retrieved: most of a record's `retrieved` records that are kept in front of it; of these a
+            run draws as many as its data.sets say (retrieved.most), anew in each epoch.
         sheet: pictures shown, each with what its codes keep of it, in PREFIX.png; 0 for no sheet.
         bad: stop at a record that cannot be used, or skip it: PREFIX.rejected.jsonl lists them.
         workers: processes; by default one a core. The output does not depend on it.
@@ -53,7 +54,7 @@ def main(
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         images=images,
-        retrieval=retrieval,
+        retrieved=retrieved,
         held_out=HeldOut.of(held_out, vocabulary),
     )
     run = Run(inputs=inputs, prefix=prefix, shard=Shard.parse(shard), workers=workers, bad=bad)

@@ -9,6 +9,23 @@ from megatron_jam.config.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetrievedConfig:
+    """How many of the retrieved pairs that a set holds stand in front of a pair. Which ones, and in
+    which order, is drawn anew for each pair in each epoch."""
+
+    most: int
+    """K: most pairs in front."""
+
+    number: Literal["fixed", "drawn"] = "fixed"
+    """fixed: K, or all if there are fewer. drawn: any number from 0 to that, all alike."""
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` naming a wrong setting."""
+        if self.most < 0:
+            raise UsageError(f"retrieved.most must be at least 0, not {self.most}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSetConfig:
     """One prepared set of a blend."""
 
@@ -21,6 +38,10 @@ class DataSetConfig:
 
     weight: float = 1.0
     """Share of the samples, relative to the other sets' weights."""
+
+    retrieved: RetrievedConfig | None = None
+    """Of a set of pairs that was prepared with retrieved ones. None: all of them stand in front, in
+    the order in which they were prepared."""
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` naming a wrong setting."""

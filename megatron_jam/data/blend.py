@@ -33,6 +33,8 @@ class Blend:
         self._datasets = list(datasets)
         self.epoch_sizes = [each.epoch_size for each in datasets]
         """Samples in an epoch of each set."""
+        self.epoch_tokens = [each.epoch_tokens for each in datasets]
+        """Tokens in the same, without padding."""
         self.epoch_size = sum(self.epoch_sizes)
         """Samples in an epoch of all sets."""
         self._root = _huffman(weights)

@@ -84,6 +84,7 @@ class Cm3Dataset:
         self._transform = Cm3Transform(vocabulary, config)
         self._seed = sample_key(seed)
         self.epoch_size = packing.epoch_size
+        self.epoch_tokens = packing.epoch_tokens
 
     def sample(self, index: int) -> Sample:
         """Sample `index`."""

@@ -5,9 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_jam.config.data import RetrievedConfig
 from megatron_jam.data.indexed import IndexedSet, open_set
 from megatron_jam.data.sample import Block, Sample, sample_from_block
+from megatron_jam.ops.extension import Order, Reader
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
+
+_DRAWS = 0  # of retrieved documents, in all measurements
 
 
 class EvaluationSamples(Sequence[Sample]):
@@ -15,13 +19,24 @@ class EvaluationSamples(Sequence[Sample]):
     is predicted exactly once. A context ends with a document wherever one ends within its reach,
     so that documents are read whole; it begins with the last token of the context before."""
 
-    def __init__(self, documents: IndexedSet, *, context_length: int, pad: int) -> None:
+    def __init__(
+        self,
+        documents: IndexedSet,
+        *,
+        context_length: int,
+        pad: int,
+        retrieved: RetrievedConfig | None = None,
+    ) -> None:
         """Use :func:`evaluation_samples`."""
-        self._documents = documents
-        self._context_length = context_length
+        retrieval = documents.retrieval(retrieved)
+        lengths = documents.lengths if retrieval is None else retrieval.lengths(_DRAWS)
+        ends = np.cumsum(lengths, dtype=np.int64)
         self._pad = pad
-        self._ends = np.cumsum(documents.lengths, dtype=np.int64) - 1
-        self._cuts = _evaluation_cuts(self._ends, context_length)
+        self._order = Order(np.arange(documents.num_documents, dtype=np.uint32), ends, _DRAWS)
+        self._cuts = _evaluation_cuts(ends - 1, context_length)
+        self._read = Reader(
+            documents.all_tokens, documents.starts, retrieval, size=context_length + 1, pad=pad
+        )
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -32,10 +47,7 @@ class EvaluationSamples(Sequence[Sample]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         first, last = self._cuts[index], self._cuts[index + 1]
-        tokens = self._documents.tokens(first, last + 1)
-        inner = slice(*np.searchsorted(self._ends, [first, last]))
-        pieces = np.split(tokens, self._ends[inner] + 1 - first)
-        block = Block.of(pieces, size=self._context_length + 1, pad=self._pad)
+        block = Block(*self._read([self._order], first, last + 1 - first))
         return sample_from_block(block, index, pad=self._pad)
 
 
@@ -54,12 +66,19 @@ def _evaluation_cuts(ends: NDArray[np.int64], context_length: int) -> list[int]:
 
 
 def evaluation_samples(
-    prefix: str, vocabulary: JointVocabulary, *, context_length: int
+    prefix: str,
+    vocabulary: JointVocabulary,
+    *,
+    context_length: int,
+    retrieved: RetrievedConfig | None = None,
 ) -> EvaluationSamples:
-    """All samples of the set PREFIX, neither shuffled nor masked, always the same.
+    """All samples of the set PREFIX, neither shuffled nor masked, always the same, with the same
+    `retrieved` pairs in front.
 
     Raises:
-        UsageError: the set is missing, damaged, or of another vocabulary.
+        UsageError: the set is missing, damaged, of another vocabulary, or has nothing retrieved.
     """
     documents = open_set(prefix, vocabulary)
-    return EvaluationSamples(documents, context_length=context_length, pad=vocabulary.pad)
+    return EvaluationSamples(
+        documents, context_length=context_length, pad=vocabulary.pad, retrieved=retrieved
+    )

@@ -37,6 +37,16 @@ _HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 20
 
 
+class Sequences(NamedTuple):
+    """Documents as rows of sequences."""
+
+    borders: NDArray[np.int64]
+    """Document i is the sequences borders[i] .. borders[i + 1] - 1, [num_documents + 1]."""
+
+    edges: NDArray[np.int64]
+    """Sequence j is the tokens edges[j] .. edges[j + 1] - 1, [num_sequences + 1]."""
+
+
 class Index(NamedTuple):
     """What an .idx file says of its .bin file."""
 
@@ -49,12 +59,15 @@ class Index(NamedTuple):
     lengths: NDArray[np.integer]
     """Tokens of each document, [num_documents], int32 or int64."""
 
+    sequences: Sequences | None = None
+    """None if each document is one."""
+
 
 class TokenWriter:
     """Writes a .bin file document by document, then its .idx file, in constant memory.
 
-    Both are written under temporary names, which :meth:`finish` leaves complete; the lengths wait
-    in a third file.
+    Both are written under temporary names, which :meth:`finish` leaves complete; lengths and counts
+    wait in files of their own.
     """
 
     def __init__(self, prefix: Path | str, dtype: DTypeLike) -> None:
@@ -64,73 +77,114 @@ class TokenWriter:
         self.num_documents = 0
         self.num_tokens = 0
         self._num_due = 0
-        self._lengths_path = temporary_name(Path(f"{prefix}.lengths"))
+        self._num_sequences = 0
+        self._num_sequences_due = 0
         self._bin = self.paths["bin"].open("wb")
-        self._lengths = self._lengths_path.open("w+b")
+        self._waiting = {
+            name: temporary_name(Path(f"{prefix}.{name}")).open("w+b")
+            for name in ("lengths", "counts")
+        }
         self._hash = hashlib.sha256()
 
-    def add(self, tokens: NDArray[np.integer], lengths: NDArray[np.integer] | None = None) -> None:
-        """Append the documents that stand in a row in `tokens`: one, or those of `lengths`.
+    def add(
+        self,
+        tokens: NDArray[np.integer],
+        lengths: NDArray[np.integer] | None = None,
+        counts: NDArray[np.integer] | None = None,
+    ) -> None:
+        """Append documents that stand in a row.
 
-        The caller knows that the writer's dtype holds the ids. With `lengths` the tokens of a
-        document need not come in the call in which its length does.
+        The caller knows that the writer's dtype holds the ids. What is said of a document need not
+        come in the call in which its tokens do.
+
+        Args:
+            tokens: theirs.
+            lengths: tokens of each sequence; by default all are of one.
+            counts: sequences of each document; by default one.
         """
         data = np.ascontiguousarray(tokens, dtype=self.dtype)
         sizes = np.array([data.size]) if lengths is None else lengths
+        numbers = np.ones(len(sizes), dtype="<i4") if counts is None else counts
         self._bin.write(data.data)
         self._hash.update(data.data)
-        self._lengths.write(np.ascontiguousarray(sizes, dtype="<i4").data)
-        self.num_documents += len(sizes)
-        self._num_due += int(sizes.sum(dtype=np.int64))
+        for name, values in (("lengths", sizes), ("counts", numbers)):
+            self._waiting[name].write(np.ascontiguousarray(values, dtype="<i4").data)
+        self.num_documents += len(numbers)
         self.num_tokens += data.size
+        self._num_due += int(sizes.sum(dtype=np.int64))
+        self._num_sequences += len(sizes)
+        self._num_sequences_due += int(numbers.sum(dtype=np.int64))
 
     def finish(self) -> dict[str, str]:
         """Complete both files; the sha256 of each, by "bin" and "idx".
 
         Raises:
-            ValueError: the lengths that were given do not add up to the tokens.
+            ValueError: lengths do not add up to the tokens, or counts to the sequences.
         """
         if self.num_tokens != self._num_due:
             raise ValueError(f"{self.num_tokens} tokens for lengths of {self._num_due} in all")
+        if self._num_sequences != self._num_sequences_due:
+            raise ValueError(
+                f"{self._num_sequences} sequences for counts of {self._num_sequences_due} in all"
+            )
         self._bin.close()
-        self._lengths.seek(0)
         with self.paths["idx"].open("wb") as stream:
-            sha256 = _write_index(stream, self._lengths, self.num_documents, self.dtype)
-        self._drop_lengths()
+            sizes = self._num_sequences, self.num_documents
+            sha256 = _write_index(stream, *self._waiting.values(), *sizes, self.dtype)
+        self._drop_waiting()
         return {"bin": self._hash.hexdigest(), "idx": sha256}
 
     def discard(self) -> None:
         """Remove everything that was written."""
         self._bin.close()
-        self._drop_lengths()
+        self._drop_waiting()
         for path in self.paths.values():
             path.unlink(missing_ok=True)
 
-    def _drop_lengths(self) -> None:
-        self._lengths.close()
-        self._lengths_path.unlink(missing_ok=True)
+    def _drop_waiting(self) -> None:
+        for stream in self._waiting.values():
+            stream.close()
+            Path(stream.name).unlink(missing_ok=True)
 
 
-def _write_index(stream: BinaryIO, lengths: BinaryIO, count: int, dtype: np.dtype) -> str:
-    """Write an .idx file of `count` documents, one sequence each; its sha256."""
+def _write_index(
+    stream: BinaryIO,
+    lengths: BinaryIO,
+    counts: BinaryIO,
+    num_sequences: int,
+    num_documents: int,
+    dtype: np.dtype,
+) -> str:
+    """Write an .idx file; its sha256."""
     sha256 = hashlib.sha256()
 
     def write(data: bytes) -> None:
         stream.write(data)
         sha256.update(data)
 
-    write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], count, count + 1))
+    write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], num_sequences, num_documents + 1))
+    lengths.seek(0)
     while chunk := lengths.read(4 * _CHUNK):
         write(chunk)
-    lengths.seek(0)
-    offset = 0
-    while chunk := lengths.read(4 * _CHUNK):
-        ends = np.cumsum(np.frombuffer(chunk, dtype="<i4"), dtype=np.int64) * dtype.itemsize
-        write((offset + np.concatenate([[0], ends[:-1]])).astype("<i8").tobytes())
-        offset += int(ends[-1])
-    for first in range(0, count + 1, _CHUNK):
-        write(np.arange(first, min(first + _CHUNK, count + 1), dtype="<i8").tobytes())
+    begin = 0
+    for ends in _running_sums(lengths):
+        starts = np.concatenate([[begin], ends[:-1]]) * dtype.itemsize
+        write(starts.astype("<i8").tobytes())
+        begin = int(ends[-1])
+    write(bytes(8))
+    for ends in _running_sums(counts):
+        write(ends.astype("<i8").tobytes())
     return sha256.hexdigest()
+
+
+def _running_sums(stream: BinaryIO) -> Iterator[NDArray[np.int64]]:
+    """The sums of all int32 of a file up to each, in chunks."""
+    stream.seek(0)
+    end = 0
+    while chunk := stream.read(4 * _CHUNK):
+        sums = end + np.cumsum(np.frombuffer(chunk, dtype="<i4"), dtype=np.int64)
+        end = int(sums[-1])
+        yield sums
 
 
 def read_index(prefix: Path | str) -> Index:
@@ -194,8 +248,9 @@ def _checked_index(
         or np.any(np.diff(borders) < 0)
     ):
         raise UsageError(f"{prefix}.idx is damaged: its documents do not follow from its sequences")
-    edges = np.concatenate([starts, ends[-1:]])[borders] if len(lengths) else borders
-    return Index(dtype, edges[:-1], np.diff(edges))
+    sequences = Sequences(np.ascontiguousarray(borders), np.concatenate([[0], ends]))
+    edges = sequences.edges[sequences.borders]
+    return Index(dtype, edges[:-1], np.diff(edges), sequences)
 
 
 def map_tokens(prefix: Path | str, dtype: np.dtype) -> NDArray:
@@ -204,10 +259,10 @@ def map_tokens(prefix: Path | str, dtype: np.dtype) -> NDArray:
     return _map(path, dtype.str, path.stat().st_size // dtype.itemsize, 0)
 
 
-def token_chunks(tokens: NDArray) -> Iterator[NDArray]:
-    """`tokens` in a row of views that memory holds easily."""
-    for first in range(0, len(tokens), _CHUNK):
-        yield tokens[first : first + _CHUNK]
+def chunks(values: NDArray) -> Iterator[NDArray]:
+    """`values` in a row of views that memory holds easily."""
+    for first in range(0, len(values), _CHUNK):
+        yield values[first : first + _CHUNK]
 
 
 def file_sha256(path: Path | str) -> str:

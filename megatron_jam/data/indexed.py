@@ -1,12 +1,13 @@
 """Prepared sets: PREFIX.bin and PREFIX.idx in Megatron's format, and PREFIX.json that says of what.
 
-One sequence is one document. The ids are stored in the narrowest dtype that holds them. PREFIX.json
-is written last: where it stands, the set is whole.
+One sequence is one document, but for pairs with retrieved ones, which are sequences of their own.
+The ids are stored in the narrowest dtype that holds them. PREFIX.json is written last: where it
+stands, the set is whole.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +16,12 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_jam.config.data import RetrievedConfig
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import publish, read_json, write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.data.index_file import DTYPES, Index, TokenWriter, map_tokens, read_index
+from megatron_jam.ops.extension import Retrieval
 from megatron_jam.tokenizers.vocabulary import IMAGE, SPECIAL, TEXT, JointVocabulary
 
 Kind = Literal["text", "pairs", "interleaved"]
@@ -69,6 +72,8 @@ class IndexedSet:
         """Tokens of each document, int32 or int64 [num_documents]."""
         self.starts = index.starts
         """First token of each document in the file, int64 [num_documents]."""
+        self.sequences = index.sequences
+        """Of documents that consist of several: retrieved ones stand between its first and last."""
         self.all_tokens: NDArray[np.integer] = map_tokens(prefix, index.dtype)
         """Every document in a row, in the dtype of the file, read-only, [num_tokens]."""
 
@@ -82,16 +87,43 @@ class IndexedSet:
         """Number of tokens."""
         return len(self.all_tokens)
 
+    @property
+    def sequence_lengths(self) -> NDArray[np.integer]:
+        """Tokens of each sequence, [num_sequences]."""
+        return self.lengths if self.sequences is None else np.diff(self.sequences.edges)
+
+    @property
+    def sequence_counts(self) -> NDArray[np.integer]:
+        """Sequences of each document, [num_documents]."""
+        if self.sequences is None:
+            return np.ones(self.num_documents, dtype=np.int32)
+        return np.diff(self.sequences.borders)
+
+    def retrieval(self, config: RetrievedConfig | None) -> Retrieval | None:
+        """How the retrieved documents of :attr:`sequences` are drawn; None if all are laid out.
+
+        Raises:
+            UsageError: the set holds none.
+        """
+        if config is None:
+            return None
+        if self.info.kind != "pairs" or self.sequences is None:
+            raise UsageError(
+                f"{self.prefix} holds no retrieved pairs: leave out data.sets' retrieved, or "
+                "prepare the set with --retrieved"
+            )
+        return Retrieval(*self.sequences, most=config.most, drawn=config.number == "drawn")
+
+    def layout(self) -> Sequence[NDArray]:
+        """What says where documents and their sequences are."""
+        return [self.lengths, *(self.sequences or ())]
+
     def document(self, number: int, start: int = 0, stop: int | None = None) -> NDArray:
         """Tokens [start:stop] of a document in the dtype of the file, read-only, not copied."""
         first = int(self.starts[number])
         length = int(self.lengths[number])
         stop = length if stop is None else min(stop, length)
         return self.all_tokens[first + start : first + stop]
-
-    def tokens(self, start: int, stop: int) -> NDArray:
-        """Tokens [start:stop] of all documents in a row, in the dtype of the file, not copied."""
-        return self.all_tokens[start:stop]
 
 
 class SetWriter:
@@ -134,19 +166,28 @@ class SetWriter:
     ) -> None:
         self._files.discard()  # after finish there is nothing left of it
 
-    def add(self, tokens: NDArray[np.integer], lengths: NDArray[np.integer] | None = None) -> None:
-        """Append the documents that stand in a row in `tokens`: one, or those of `lengths`.
+    def add(
+        self,
+        tokens: NDArray[np.integer],
+        lengths: NDArray[np.integer] | None = None,
+        counts: NDArray[np.integer] | None = None,
+    ) -> None:
+        """Append documents that stand in a row; the arguments are :meth:`TokenWriter.add`'s.
 
         Raises:
             ValueError: one is empty, or has an id outside of the vocabulary or of the set's dtype.
         """
-        number, sizes = self._files.num_documents, [len(tokens)] if lengths is None else lengths
-        if len(sizes) and not min(sizes) > 0:
-            raise ValueError(f"document {number + int(np.argmin(sizes))} is empty")
+        number = self._files.num_documents
+        sizes = np.array([len(tokens)]) if lengths is None else lengths
+        if len(sizes) and not sizes.min() > 0:
+            place = int(np.argmin(sizes))
+            if counts is not None:
+                place = int(np.searchsorted(np.cumsum(counts), place, side="right"))
+            raise ValueError(f"document {number + place} is empty")
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._num_ids:
             later = "" if lengths is None else " or a later one"
             raise ValueError(f"document {number}{later} leaves 0..{self._num_ids - 1}")
-        self._files.add(tokens, lengths)
+        self._files.add(tokens, lengths, counts)
         self._counts += count_modalities(tokens, self._vocabulary)
 
     def finish(self) -> SetInfo:

@@ -13,6 +13,7 @@ class AnswerDataset:
         self._packing = packing
         self._vocabulary = vocabulary
         self.epoch_size = packing.epoch_size
+        self.epoch_tokens = packing.epoch_tokens
 
     def sample(self, index: int) -> Sample:
         """Sample `index`."""

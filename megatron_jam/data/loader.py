@@ -93,7 +93,11 @@ def _build_set(
     packing: Packing
     if config.packing == "stream":
         packing = StreamPacking(
-            documents, context_length=context_length, seed=(*key, _ORDER), cache=cache
+            documents,
+            context_length=context_length,
+            seed=(*key, _ORDER),
+            retrieved=each.retrieved,
+            cache=cache,
         )
     else:
         packing = DocumentPacking(
@@ -101,6 +105,7 @@ def _build_set(
             context_length=context_length,
             seed=(*key, _ORDER),
             pad=vocabulary.pad,
+            retrieved=each.retrieved,
             cache=cache,
         )
     if config.objective == "cm3":

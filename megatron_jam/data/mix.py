@@ -63,9 +63,8 @@ def mix_of(config: DataConfig, blend: Blend, num_samples: int) -> Mix:
     """What the first `num_samples` samples of the blend that `config` describes are made of."""
     total = sum(each.weight for each in config.sets)
     shares, asked_tokens, got_tokens = [], {}, {}
-    for each, size, count in zip(
-        config.sets, blend.epoch_sizes, blend.counts(num_samples), strict=True
-    ):
+    columns = blend.epoch_sizes, blend.epoch_tokens, blend.counts(num_samples)
+    for each, size, tokens, count in zip(config.sets, *columns, strict=True):
         asked = each.weight / total
         shares.append(
             SetShare(
@@ -76,13 +75,13 @@ def mix_of(config: DataConfig, blend: Blend, num_samples: int) -> Mix:
                 epochs=count / size,
             )
         )
-        for name, tokens in read_info(each.path).tokens_by_modality.items():
-            due = asked * num_samples / size * tokens
+        for name, share in _shares(read_info(each.path).tokens_by_modality).items():
+            due = asked * num_samples / size * tokens * share
             asked_tokens[name] = asked_tokens.get(name, 0.0) + due
-            got_tokens[name] = got_tokens.get(name, 0.0) + count / size * tokens
+            got_tokens[name] = got_tokens.get(name, 0.0) + count / size * tokens * share
     return Mix(sets=shares, asked=_shares(asked_tokens), got=_shares(got_tokens))
 
 
-def _shares(tokens: dict[str, float]) -> dict[str, float]:
+def _shares(tokens: Mapping[str, float]) -> dict[str, float]:
     total = sum(tokens.values()) or 1.0
     return {name: value / total for name, value in tokens.items()}

@@ -1,65 +1,27 @@
 """From documents to blocks of context_length + 1 tokens, with random access.
 
-The order of the documents is drawn anew for each epoch, as a pure function of (seed, epoch). Only
-the bits of PCG64 are used, whose stream numpy keeps the same over its versions.
+The order of the documents is drawn anew for each epoch, and so is what stands in front of them, as
+a pure function of (seed, epoch). Only the bits of PCG64 are used, whose stream numpy keeps the same
+over its versions, and Philox.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_jam.config.data import RetrievedConfig
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.log import logger
 from megatron_jam.data.index_cache import IndexCache
 from megatron_jam.data.indexed import IndexedSet
-from megatron_jam.data.sample import Block
-from megatron_jam.ops.extension import pack_greedily, read_stream
+from megatron_jam.data.sample import Block, sample_key
+from megatron_jam.ops.extension import Order, Reader, pack_greedily
 
 T = TypeVar("T")
-
-
-class _Order(NamedTuple):
-    """An epoch's order, and the stream of tokens that it makes of the documents."""
-
-    numbers: NDArray[np.uint32]
-    """Document numbers in the epoch's order, [n]."""
-
-    ends: NDArray[np.int64]
-    """Tokens up to and with each, [n]."""
-
-
-class _Reader:
-    """Reads blocks out of a set's documents in the order of an epoch. In C++."""
-
-    def __init__(self, documents: IndexedSet, size: int, pad: int) -> None:
-        self._documents = documents
-        self._size = size
-        self._pad = pad
-
-    def __call__(self, parts: Iterable[tuple[_Order, int, int]]) -> Block:
-        """The tokens [start, stop) of each (order, start, stop) in a row, then padding."""
-        tokens = np.empty(self._size, dtype=np.int32)
-        documents = np.empty(self._size, dtype=np.int32)
-        filled = number = 0
-        for order, start, stop in parts:
-            filled, number = read_stream(
-                self._documents.all_tokens,
-                self._documents.starts,
-                *order,
-                start,
-                stop,
-                filled,
-                number,
-                tokens,
-                documents,
-            )
-        if filled < self._size:
-            tokens[filled:], documents[filled:] = self._pad, number
-        return Block(tokens, documents)
 
 
 class StreamPacking:
@@ -75,27 +37,39 @@ class StreamPacking:
         *,
         context_length: int,
         seed: tuple[int, ...],
+        retrieved: RetrievedConfig | None = None,
         cache: IndexCache | None = None,
     ) -> None:
-        """Pack `documents`; `seed` is any tuple of integers >= 0, `cache` keeps epochs' orders."""
-        self._num_tokens = documents.num_tokens
+        """Pack `documents`; `seed` is any tuple of integers >= 0, `cache` keeps epochs' orders.
+
+        Raises:
+            UsageError: the set has less than a block, which would hold a document twice.
+        """
         self._context_length = context_length
-        self._epochs = _Epochs(documents, None, seed, cache or IndexCache(None))
-        self._read = _Reader(documents, context_length + 1, 0)
-        self.epoch_size = self._num_tokens / context_length
+        self._size = context_length + 1
+        self._epochs = Epochs(documents, seed, retrieved=retrieved, cache=cache)
+        num_tokens = self._epochs.num_tokens(0)
+        if num_tokens < self._size:
+            raise UsageError(
+                f"{documents.prefix} has {num_tokens} tokens, less than a sample of context_length "
+                f"{context_length}: lower it, prepare more or set data.packing=documents"
+            )
+        self._read = Reader(
+            documents.all_tokens, documents.starts, self._epochs.retrieval, size=self._size, pad=0
+        )
+        self.epoch_size = num_tokens / context_length
+        self.epoch_tokens = num_tokens
 
     def block(self, index: int) -> Block:
         """Block `index`. O(log documents), but an epoch's first."""
-        return self._read(self._parts(index))
-
-    def _parts(self, index: int) -> Iterator[tuple[_Order, int, int]]:
-        epoch, start = divmod(index * self._context_length, self._num_tokens)
-        missing = self._context_length + 1
-        while missing:
-            stop = min(start + missing, self._num_tokens)
-            yield self._epochs(epoch), start, stop
-            missing -= stop - start
-            epoch, start = epoch + 1, 0
+        epoch, start = self._epochs.find(index * self._context_length)
+        orders = [self._epochs(epoch)]
+        missing = start + self._size - orders[0].num_tokens
+        while missing > 0:
+            epoch += 1
+            orders.append(self._epochs(epoch))
+            missing -= orders[-1].num_tokens
+        return Block(*self._read(orders, start, self._size))
 
 
 class DocumentPacking:
@@ -112,6 +86,7 @@ class DocumentPacking:
         context_length: int,
         seed: tuple[int, ...],
         pad: int,
+        retrieved: RetrievedConfig | None = None,
         cache: IndexCache | None = None,
     ) -> None:
         """Pack `documents`; `seed` is any tuple of integers >= 0, `pad` the padding's id.
@@ -120,9 +95,11 @@ class DocumentPacking:
             UsageError: no document fits.
         """
         self._block_size = context_length + 1
-        numbers = np.flatnonzero(documents.lengths <= self._block_size).astype(np.uint32)
-        num_left_out = documents.num_documents - len(numbers)
-        if not len(numbers):
+        self._epochs = Epochs(
+            documents, seed, retrieved=retrieved, cache=cache, longest=self._block_size
+        )
+        num_left_out = documents.num_documents - len(self._epochs(0))
+        if num_left_out == documents.num_documents:
             raise UsageError(
                 f"{documents.prefix}: every document is longer than context_length "
                 f"{context_length}: raise it or set data.packing=stream"
@@ -132,63 +109,94 @@ class DocumentPacking:
                 "%s: %d of %d documents are longer than context_length %d and are left out",
                 *(documents.prefix, num_left_out, documents.num_documents, context_length),
             )
-        self._read = _Reader(documents, self._block_size, pad)
-        self._epochs = _Epochs(
-            documents, numbers if num_left_out else None, seed, cache or IndexCache(None)
+        self._read = Reader(
+            documents.all_tokens,
+            documents.starts,
+            self._epochs.retrieval,
+            size=self._block_size,
+            pad=pad,
         )
         self._starts = _Latest(self._pack)
-        self._lock = Lock()
-        self._block_ends: list[int] = []  # blocks up to and with each epoch that was asked for
+        self._blocks = _Running(lambda epoch: len(self._starts(epoch)) - 1)
         self.epoch_size = float(len(self._starts(0)) - 1)
+        self.epoch_tokens = self._epochs(0).num_tokens
 
     def block(self, index: int) -> Block:
         """Block `index`. O(log epochs), but an epoch's first."""
-        with self._lock:
-            while not self._block_ends or self._block_ends[-1] <= index:
-                starts = self._starts(len(self._block_ends))
-                self._block_ends.append(sum(self._block_ends[-1:]) + len(starts) - 1)
-        epoch = bisect_right(self._block_ends, index)
-        number = index - (self._block_ends[epoch - 1] if epoch else 0)
+        epoch, number = self._blocks.find(index)
         starts = self._starts(epoch)
-        return self._read([(self._epochs(epoch), int(starts[number]), int(starts[number + 1]))])
+        start, stop = int(starts[number]), int(starts[number + 1])
+        return Block(*self._read([self._epochs(epoch)], start, stop - start))
 
     def _pack(self, epoch: int) -> NDArray[np.int64]:
         """Where in the epoch's tokens each block starts, and the end, [blocks + 1]."""
         return pack_greedily(self._epochs(epoch).ends, self._block_size)
 
 
-class _Epochs:
-    """The order of a set's documents, or of some of them, in each epoch."""
+class Epochs:
+    """The order of a set's documents, and what is laid out in front of them, in each epoch."""
 
     def __init__(
         self,
         documents: IndexedSet,
-        numbers: NDArray[np.uint32] | None,
         seed: tuple[int, ...],
-        cache: IndexCache,
+        *,
+        retrieved: RetrievedConfig | None = None,
+        cache: IndexCache | None = None,
+        longest: int | None = None,
     ) -> None:
+        """Draw from `seed`; leave out documents of more than `longest` tokens.
+
+        Raises:
+            UsageError: there are too many documents, or `retrieved` ones are wanted of none.
+        """
         if documents.num_documents > np.iinfo(np.uint32).max:
             raise UsageError(f"{documents.prefix} has more than 2^32 documents: split it")
-        self._lengths = documents.lengths
-        self._numbers = numbers
+        self.retrieval = documents.retrieval(retrieved)
+        """How retrieved documents are drawn; None if documents stay as they are."""
+        self._documents = documents
         self._seed = seed
-        self._cache = cache
-        self._inputs = cache.digest(documents.lengths, *([] if numbers is None else [numbers]))
+        self._longest = longest
+        self._cache = cache or IndexCache(None)
+        self._inputs = self._cache.digest(*documents.layout()), retrieved, longest
         self._latest = _Latest(self._order)
+        self._running = _Running(self.num_tokens)
 
-    def __call__(self, epoch: int) -> _Order:
+    def __call__(self, epoch: int) -> Order:
+        """The order of `epoch`, which its first call makes."""
         return self._latest(epoch)
 
-    def _order(self, epoch: int) -> _Order:
-        key = ("order 1", self._inputs, self._seed, epoch)
-        return _Order(*self._cache.arrays(key, _Order._fields, lambda: self._shuffle(epoch)))
+    def num_tokens(self, epoch: int) -> int:
+        """Tokens of all documents in `epoch`, without making its order."""
+        return int(self._lengths(epoch).sum(dtype=np.int64))
+
+    def find(self, token: int) -> tuple[int, int]:
+        """In which epoch a token of all documents' endless stream is, and at which place of it."""
+        if self.retrieval is None:
+            return divmod(token, self._documents.num_tokens)
+        return self._running.find(token)
+
+    def _lengths(self, epoch: int) -> NDArray[np.integer]:
+        if self.retrieval is None:
+            return self._documents.lengths
+        return self.retrieval.lengths(self._draws(epoch))
+
+    def _draws(self, epoch: int) -> int:
+        return sample_key((*self._seed, epoch))
+
+    def _order(self, epoch: int) -> Order:
+        key = ("order 2", *self._inputs, self._seed, epoch)
+        arrays = self._cache.arrays(key, ("numbers", "ends"), lambda: self._shuffle(epoch))
+        return Order(*arrays, self._draws(epoch))
 
     def _shuffle(self, epoch: int) -> Sequence[NDArray]:
-        size = len(self._lengths) if self._numbers is None else len(self._numbers)
-        order = shuffled(size, seed=self._seed, epoch=epoch).astype(np.uint32)
-        if self._numbers is not None:
-            order = self._numbers[order]
-        return order, np.cumsum(self._lengths[order], dtype=np.int64)
+        lengths = self._lengths(epoch)
+        if self._longest is None or lengths.max(initial=0) <= self._longest:
+            order = shuffled(len(lengths), seed=self._seed, epoch=epoch)
+        else:
+            fitting = np.flatnonzero(lengths <= self._longest)
+            order = fitting[shuffled(len(fitting), seed=self._seed, epoch=epoch)]
+        return order.astype(np.uint32), np.cumsum(lengths[order], dtype=np.int64)
 
 
 def shuffled(size: int, *, seed: tuple[int, ...], epoch: int) -> NDArray[np.int64]:
@@ -208,9 +216,30 @@ class _Latest(Generic[T]):
         self._lock = Lock()
 
     def __call__(self, epoch: int) -> T:
+        found = self._results.get(epoch)  # without the lock, as mostly it is there
+        return self._make(epoch) if found is None else found
+
+    def _make(self, epoch: int) -> T:
         with self._lock:
             if epoch not in self._results:
                 self._results[epoch] = self._function(epoch)
                 if len(self._results) > self._num_kept:
                     del self._results[next(iter(self._results))]
             return self._results[epoch]
+
+
+class _Running:
+    """Places in a row of epochs that differ in size."""
+
+    def __init__(self, size: Callable[[int], int]) -> None:
+        self._size = size
+        self._ends: list[int] = []  # of each epoch up to the last that was asked for
+        self._lock = Lock()
+
+    def find(self, place: int) -> tuple[int, int]:
+        """The epoch, and the place in it."""
+        with self._lock:
+            while not self._ends or self._ends[-1] <= place:
+                self._ends.append(sum(self._ends[-1:]) + self._size(len(self._ends)))
+        epoch = bisect_right(self._ends, place)
+        return epoch, place - (self._ends[epoch - 1] if epoch else 0)

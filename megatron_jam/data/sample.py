@@ -1,10 +1,11 @@
 """What a model is given: samples, and what makes them. Ids are int32 until they become a batch."""
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_jam.ops.extension import differ
 
 
 class Sample(NamedTuple):
@@ -45,22 +46,15 @@ class Block(NamedTuple):
     dropped: int = 0
     """Tokens that were cut off to make room for others."""
 
-    @classmethod
-    def of(cls, documents: Sequence[NDArray[np.integer]], *, size: int, pad: int) -> "Block":
-        """The documents in a row, then `pad` up to `size` tokens."""
-        lengths = [len(each) for each in documents]
-        padding = size - sum(lengths)
-        return cls(
-            tokens=np.concatenate([*documents, np.full(padding, pad)], dtype=np.int32),
-            documents=np.repeat(np.arange(len(lengths) + 1, dtype=np.int32), [*lengths, padding]),
-        )
-
 
 class Dataset(Protocol):
     """Samples without end."""
 
     epoch_size: float
     """Samples in an epoch, the first if they differ."""
+
+    epoch_tokens: int
+    """Tokens in the same, without padding."""
 
     def sample(self, index: int) -> Sample:
         """Sample `index` >= 0: a pure function of the data set's seed and the index."""
@@ -72,6 +66,9 @@ class Packing(Protocol):
 
     epoch_size: float
     """Blocks in an epoch, the first if they differ."""
+
+    epoch_tokens: int
+    """Tokens in the same, without padding."""
 
     def block(self, index: int) -> Block:
         """Block `index` >= 0."""
@@ -90,7 +87,7 @@ def sample_from_block(
         counted: which tokens of the block count as labels, [context_length + 1]; default all.
     """
     labels = block.tokens[1:]
-    loss_mask = labels != pad
+    loss_mask = differ(labels, pad)
     if counted is not None:
         loss_mask &= counted[1:]
     return Sample(block.tokens[:-1], labels, loss_mask, block.documents, block.dropped, index)
@@ -109,6 +106,7 @@ class CausalDataset:
         self._packing = packing
         self._pad = pad
         self.epoch_size = packing.epoch_size
+        self.epoch_tokens = packing.epoch_tokens
 
     def sample(self, index: int) -> Sample:
         """Sample `index`."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.data.index_file import Index, file_sha256, map_tokens, read_index, token_chunks
+from megatron_jam.data.index_file import Index, chunks, file_sha256, map_tokens, read_index
 from megatron_jam.data.indexed import (
     IndexedSet,
     Kind,
@@ -56,11 +56,13 @@ def merge_sets(
 
 def _append(opened: IndexedSet, writer: SetWriter) -> None:
     sha256 = hashlib.sha256()
-    no_lengths = opened.lengths[:0]
-    for lengths in token_chunks(opened.lengths):
-        writer.add(opened.all_tokens[:0], lengths)
-    for tokens in token_chunks(opened.all_tokens):
-        writer.add(tokens, no_lengths)
+    no_tokens, none = opened.all_tokens[:0], opened.lengths[:0]
+    for lengths in chunks(opened.sequence_lengths):
+        writer.add(no_tokens, lengths, none)
+    for counts in chunks(opened.sequence_counts):
+        writer.add(no_tokens, none, counts)
+    for tokens in chunks(opened.all_tokens):
+        writer.add(tokens, none, none)
         sha256.update(tokens.data)
     if sha256.hexdigest() != opened.info.sha256["bin"]:
         raise UsageError(f"{opened.prefix}.bin was damaged since it was written: prepare it again")
@@ -134,7 +136,7 @@ def scan_tokens(
     if index.dtype.kind not in "iu":
         raise UsageError(f"{prefix} holds {index.dtype} numbers, which are no token ids")
     counts, sha256, place = np.zeros(3, dtype=np.int64), hashlib.sha256(), 0
-    for tokens in token_chunks(map_tokens(prefix, index.dtype)):
+    for tokens in chunks(map_tokens(prefix, index.dtype)):
         wrong = np.flatnonzero((tokens < 0) | (tokens >= vocabulary.size))
         if wrong.size:
             number = int(np.searchsorted(index.starts, place + wrong[0], side="right")) - 1

@@ -53,7 +53,12 @@ def measure_sets(
     measured = {}
     for each in sets:
         folder.require_tokenizer(read_info(each.path).tokenizer_sha256, each.path)
-        samples = evaluation_samples(each.path, folder.vocabulary, context_length=context_length)
+        samples = evaluation_samples(
+            each.path,
+            folder.vocabulary,
+            context_length=context_length,
+            retrieved=each.retrieved,
+        )
         if not len(samples):
             raise UsageError(f"{each.path} has less than two tokens: there is nothing to measure")
         rounds = []

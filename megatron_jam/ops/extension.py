@@ -6,11 +6,11 @@ What the data path has in C++ works on numpy arrays, and stands here by name.
 import torch  # noqa: F401  (the extension needs its libraries)
 
 try:
-    from megatron_jam._C import Cm3, pack_greedily, read_stream
+    from megatron_jam._C import Cm3, Order, Reader, Retrieval, differ, pack_greedily
 except ImportError as error:
     raise ImportError(
         "the compiled extension megatron_jam._C is missing or was built for another torch: "
         f"run `make setup` in the repository ({error})"
     ) from error
 
-__all__ = ["Cm3", "pack_greedily", "read_stream"]
+__all__ = ["Cm3", "Order", "Reader", "Retrieval", "differ", "pack_greedily"]

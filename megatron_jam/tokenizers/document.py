@@ -39,11 +39,23 @@ def caption_image_document(
     retrieved: Sequence[tuple[ArrayLike, ArrayLike]] = (),
 ) -> Tokens:
     """`[E] T [B] M [E]`, with (caption, codes) pairs of `retrieved` documents laid in front."""
-    pieces: list[ArrayLike] = [vocabulary.eos]
+    return _join(*caption_image_sequences(vocabulary, caption, codes, retrieved))
+
+
+def caption_image_sequences(
+    vocabulary: JointVocabulary,
+    caption: ArrayLike,
+    codes: ArrayLike,
+    retrieved: Sequence[tuple[ArrayLike, ArrayLike]] = (),
+) -> list[Tokens]:
+    """The same as `[E]`, each `T [B] M [B]` that was retrieved, and `T [B] M [E]`: with any of the
+    retrieved ones left out, or in another order, they are a document too."""
+    sequences = [_join(vocabulary.eos)]
     for text, image in (*retrieved, (caption, codes)):
-        pieces += [vocabulary.text_id(text), vocabulary.break_]
-        pieces += [vocabulary.image_id(image), vocabulary.break_]
-    return _join(*pieces[:-1], vocabulary.eos)
+        pair = vocabulary.text_id(text), vocabulary.break_, vocabulary.image_id(image)
+        sequences.append(_join(*pair, vocabulary.break_))
+    sequences[-1][-1] = vocabulary.eos
+    return sequences
 
 
 def interleaved_document(vocabulary: JointVocabulary, parts: Sequence[Part]) -> Tokens:

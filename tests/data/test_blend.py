@@ -10,7 +10,7 @@ from megatron_jam.data.sample import Sample
 class Numbers:
     """A data set whose samples hold its name and the index."""
 
-    epoch_size = 10
+    epoch_size = epoch_tokens = 10
 
     def __init__(self, name):
         self.name = name

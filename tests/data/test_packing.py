@@ -43,8 +43,8 @@ def test_shuffled_is_a_permutation_of_its_own_for_each_seed_and_epoch():
     assert shuffled(8, seed=(7, 1), epoch=0).tolist() == [1, 3, 2, 7, 4, 5, 0, 6]
 
 
-# Shorter than a document, about a document, many, an epoch and more.
-@pytest.mark.parametrize("context_length", [1, 3, 16, 64, 250, 700])
+# Shorter than a document, about a document, many, almost an epoch.
+@pytest.mark.parametrize("context_length", [1, 3, 16, 64, 190])
 def test_stream_is_the_concatenation_cut_into_slices(opened, documents, context_length):
     stream = np.concatenate(list(in_order(documents)))
     packing = StreamPacking(opened, context_length=context_length, seed=SEED)
@@ -55,6 +55,14 @@ def test_stream_is_the_concatenation_cut_into_slices(opened, documents, context_
         block = packing.block(index).tokens
         assert block.dtype == np.int32
         assert block.tolist() == stream[start : start + context_length + 1].tolist()
+
+
+def test_refuses_a_set_with_less_than_a_block(opened):
+    """Else a sample would hold a document twice."""
+    size = opened.num_tokens
+    assert StreamPacking(opened, context_length=size - 1, seed=SEED).block(0).tokens.size == size
+    with pytest.raises(UsageError, match=rf"text has {size} tokens, less than a sample of context"):
+        StreamPacking(opened, context_length=size, seed=SEED)
 
 
 def make_packing(kind, opened, seed=SEED):

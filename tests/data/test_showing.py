@@ -30,7 +30,10 @@ def test_rows_of_the_page_are_the_batch(tmp_path):
         ),
         np.array([vocabulary.sentinel(0), *picture[:2], vocabulary.eoss]),
     ]
-    sample = sample_from_block(Block.of(documents, size=21, pad=vocabulary.pad), pad=vocabulary.pad)
+    sizes = [*map(len, documents), 21 - sum(map(len, documents))]
+    tokens = np.concatenate([*documents, [vocabulary.pad] * sizes[-1]]).astype(np.int32)
+    block = Block(tokens, np.repeat(np.arange(3, dtype=np.int32), sizes))
+    sample = sample_from_block(block, pad=vocabulary.pad)
     shower = Shower(images=images, isolate_documents=True, **tools)
     shown = shower.show(sample, title="Sample 7: pairs")
     tokens = [token for run in shown.runs for token in run.tokens]

@@ -112,7 +112,11 @@ def test_a_set_of_megatrons_is_taken_over(tmp_path):
     assert [theirs.document(i).tolist() for i in range(20)] == [d.tolist() for d in documents]
     whole = make_set(tmp_path / "ours", documents).info
     assert dict(vars(info), sha256=0) == dict(vars(whole), sha256=0)
-    assert merge_sets([tmp_path / "theirs"], tmp_path / "merged", VOCABULARY) == whole
+    merged = merge_sets([tmp_path / "theirs"], tmp_path / "merged", VOCABULARY)
+    assert dict(vars(merged), sha256=0) == dict(vars(whole), sha256=0)
+    assert merged.sha256["bin"] == whole.sha256["bin"]
+    again = open_set(tmp_path / "merged", VOCABULARY)
+    assert again.sequence_lengths.tolist() == [s for d in documents for s in (d.size - 1, 1)]
 
 
 def test_numbers_that_are_no_ids_are_refused(tmp_path):

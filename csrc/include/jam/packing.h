@@ -5,56 +5,62 @@
 #include <cstdint>
 #include <vector>
 
+#include "jam/retrieval.h"
+
 namespace jam {
 
-// A set and an order of its documents: the stream is their tokens in that order, in a row.
-template <typename Token>
-struct Stream {
-  const Token* tokens;    // of the whole file
-  const int64_t* starts;  // first token of each document in the file
-  const uint32_t* order;  // [num_documents]: which document comes
-  const int64_t* ends;    // [num_documents]: tokens of the stream up to and with it
-  int64_t num_documents;
+// An epoch's order of documents: the stream is their tokens in that order, in a row.
+struct Order {
+  const uint32_t* numbers;  // [size]: which document comes
+  const int64_t* ends;      // [size]: tokens of the stream up to and with it
+  int64_t size;
+  int64_t seed;  // of what stands in front of each document
 
-  // The stream's token `at`, which is in the document at `place` of the order.
-  const Token* token(int64_t place, int64_t at) const {
-    return tokens + starts[order[place]] + (at - (place ? ends[place - 1] : 0));
+  int64_t num_tokens() const { return size ? ends[size - 1] : 0; }
+};
+
+// Calls use(from, count, place) for the file's slices, in order, of which the stream's tokens
+// [start, stop) are made; `place` is the document's in the order.
+template <typename Use>
+void for_slices(const Order& order, const int64_t* starts, const Retrieval* retrieval,
+                int64_t start, int64_t stop, Use use) {
+  const int64_t* const ends = order.ends;
+  int64_t place = std::upper_bound(ends, ends + order.size, start) - ends;
+  for (int64_t at = place ? ends[place - 1] : 0; at < stop; ++place) {
+    const auto use_part = [&](int64_t from, int64_t to) {
+      const int64_t low = std::max(start, at), high = std::min(stop, at + to - from);
+      if (low < high) use(from + low - at, high - low, place);
+      at += to - from;
+    };
+    const int64_t number = order.numbers[place];
+    if (retrieval) {
+      retrieval->lay_out(order.seed, number, use_part);
+    } else {
+      use_part(starts[number], starts[number] + ends[place] - at);
+    }
   }
-};
-
-struct Filled {
-  int64_t size;      // tokens written
-  int32_t document;  // the next document's number
-};
-
-template <typename Token>
-void prefetch(const Token* tokens, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(Token);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(tokens + i);
 }
 
 // Copies the stream's tokens [start, stop), which are in it, and numbers their documents from
-// `document` on.
+// `document` on; returns the number that the next document gets.
 template <typename Token>
-Filled read_stream(const Stream<Token>& stream, int64_t start, int64_t stop, int32_t document,
-                   int32_t* out_tokens, int32_t* out_documents) {
-  const int64_t* const ends = stream.ends;
-  int64_t place = std::upper_bound(ends, ends + stream.num_documents, start) - ends;
+int32_t read_stream(const Token* tokens, const int64_t* starts, const Retrieval* retrieval,
+                    const Order& order, int64_t start, int64_t stop, int32_t document,
+                    int32_t* out_tokens, int32_t* out_documents) {
   // The documents lie anywhere in the file: all are asked for before the first is waited for.
-  for (int64_t ahead = place, at = start; at < stop; at = ends[ahead++]) {
-    prefetch(stream.token(ahead, at), std::min(ends[ahead], stop) - at);
-  }
-  int64_t written = 0;
-  for (; start < stop; ++place) {
-    const int64_t take = std::min(ends[place], stop) - start;
-    const Token* const from = stream.token(place, start);
-    std::copy(from, from + take, out_tokens + written);
-    std::fill(out_documents + written, out_documents + written + take, document);
-    document += take > 0;
-    written += take;
-    start += take;
-  }
-  return {written, document};
+  for_slices(order, starts, retrieval, start, stop, [&](int64_t from, int64_t count, int64_t) {
+    constexpr int64_t kLine = 64 / sizeof(Token);
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(tokens + from + i);
+  });
+  int64_t latest = -1;
+  for_slices(order, starts, retrieval, start, stop,
+             [&](int64_t from, int64_t count, int64_t place) {
+               document += latest >= 0 && place != latest;
+               latest = place;
+               out_tokens = std::copy(tokens + from, tokens + from + count, out_tokens);
+               out_documents = std::fill_n(out_documents, count, document);
+             });
+  return document + (latest >= 0);
 }
 
 // Where blocks of whole documents start in a stream, and its end: as many documents each as fit

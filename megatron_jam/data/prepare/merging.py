@@ -211,9 +211,12 @@ def select(
         kind=info.kind,
         settings=info.settings | {"selected": settings},
     ) as writer:
+        counts = opened.sequence_counts
+        lengths = opened.sequence_lengths[np.repeat(kept, counts)]
+        writer.add(opened.all_tokens[:0], lengths, counts[kept])
         for numbers in _batches(opened, np.flatnonzero(kept)):
             documents = [opened.document(int(number)) for number in numbers]
-            writer.add(np.concatenate(documents), opened.lengths[numbers])
+            writer.add(np.concatenate(documents), counts[:0], counts[:0])
         return writer.finish()
 
 

@@ -1,13 +1,12 @@
 """Captions with pictures become documents, retrieved pairs in front."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.data.prepare.held_out import TRAINING, piece_hash
+from megatron_jam.data.prepare.held_out import piece_hash
 from megatron_jam.data.prepare.job import Job, sift
 from megatron_jam.data.prepare.pictures import (
     ImageEncoding,
@@ -28,46 +27,12 @@ from megatron_jam.data.prepare.records import (
     text_of,
 )
 from megatron_jam.data.prepare.writing import Document, Prepared, sort_out
-from megatron_jam.tokenizers.document import caption_image_document
+from megatron_jam.tokenizers.document import caption_image_document, caption_image_sequences
 
 CAPTION_FIELDS = ("txt", "caption", "text")
 """Of which a record has one."""
 
 _RETRIEVED_FIELDS = ("retrieved", "retrieved_docs_from_img", "retrieved_docs_from_txt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retrieval:
-    """How many of a record's retrieved pairs are laid out in front of it."""
-
-    most: int = 0
-    """K: most pairs in front."""
-
-    number: Literal["fixed", "drawn"] = "fixed"
-    """fixed: K, or all if the record has fewer. drawn: any number from 0 to that, all alike."""
-
-    epochs: int = 1
-    """Documents made of each record, each with a draw of its own."""
-
-    seed: int = 0
-    """Of the draws, which depend on it, the epoch and the record alone."""
-
-    def __post_init__(self) -> None:
-        """Raise :class:`UsageError` naming a wrong setting."""
-        if self.most < 0 or self.epochs < 1 or self.seed < 0:
-            raise UsageError(
-                f"retrieval: most {self.most} and seed {self.seed} must be at least 0, epochs "
-                f"{self.epochs} at least 1"
-            )
-
-    def draw(self, candidates: Sequence[Any], *, epoch: int, record: int) -> list[Any]:
-        """What stands in front of a record, of which `record` is the hash, in an epoch."""
-        bits = np.random.PCG64(np.random.SeedSequence((self.seed, epoch, record)))
-        order = np.argsort(bits.random_raw(len(candidates)), kind="stable")
-        number = min(self.most, len(candidates))
-        if self.number == "drawn":
-            number = int(bits.random_raw() % (number + 1))
-        return [candidates[i] for i in order[:number]]
 
 
 class Pair(NamedTuple):
@@ -89,17 +54,25 @@ class PairRecord(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PairJob(Job):
-    """A caption-image document of each record, or one for each epoch."""
+    """A caption-image document of each record."""
 
     kind = "pairs"
 
     images: ImageEncoding
-    retrieval: Retrieval = field(default_factory=Retrieval)
+
+    retrieved: int = 0
+    """Most retrieved pairs that a document has in front, each a sequence of its own; the first of
+    those that the record names, without itself, equal ones and what is held out. A run draws from
+    them in each epoch."""
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` naming a wrong setting."""
+        if self.retrieved < 0:
+            raise UsageError(f"retrieved must be at least 0, not {self.retrieved}")
 
     def settings(self) -> dict[str, Any]:
         """What the documents depend on."""
-        retrieval = dict(vars(self.retrieval)) if self.retrieval.most else {}
-        return {"retrieval": retrieval, **super().settings()}
+        return {"retrieved": self.retrieved, **super().settings()}
 
     def read(self, chunk: Chunk) -> tuple[list[PairRecord], list[Rejected]]:
         """Captions as ids, pictures as levels, and what is no pair."""
@@ -117,7 +90,7 @@ class PairJob(Job):
     def _candidates(self, record: Record, name: str) -> list[Record]:
         """The retrieved records in field `name`: objects with a caption and codes or a picture,
         which is a file of the same record in a .tar; or texts as metaseq stores pairs."""
-        found = record.fields.get(name) if self.retrieval.most else None
+        found = record.fields.get(name) if self.retrieved else None
         if not isinstance(found, list | tuple | None):
             raise BadRecord(record.where, f"{name!r} is no list")
         candidates = []
@@ -153,25 +126,25 @@ class PairJob(Job):
         for record in records:
             own = record.pair._replace(picture=next(codes))
             retrieved = [pair._replace(picture=next(codes)) for pair in record.retrieved]
-            documents += self._documents(record.origin, own, retrieved)
+            documents.append(self._document(record.origin, own, retrieved))
         return sort_out(documents, rejected, self.held_out, self.dtype)
 
-    def _documents(self, origin: Origin, own: Pair, retrieved: list[Pair]) -> list[Document]:
+    def _document(self, origin: Origin, own: Pair, retrieved: list[Pair]) -> Document:
         piece = self._hash(own)
         unlike = {self._hash(pair): pair for pair in retrieved}
-        candidates = [
-            (pair, found)
+        front = {
+            found: pair
             for found, pair in unlike.items()
             if found != piece and self.held_out.may_train(found)
-        ]
-        # Held out, a record is measured by once.
-        is_training = self.held_out.slice_of(piece) == TRAINING
-        documents = []
-        for epoch in range(self.retrieval.epochs if is_training else 1):
-            front = self.retrieval.draw(candidates, epoch=epoch, record=piece)
-            tokens = caption_image_document(self.vocabulary, *own, [pair for pair, _ in front])
-            documents.append(Document(tokens, origin, [*(h for _, h in front), piece]))
-        return documents
+        }
+        kept = list(front.items())[: self.retrieved]
+        sequences = caption_image_sequences(self.vocabulary, *own, [pair for _, pair in kept])
+        return Document(
+            np.concatenate(sequences),
+            origin,
+            [*(found for found, _ in kept), piece],
+            [len(each) for each in sequences] if kept else (),
+        )
 
     def _hash(self, pair: Pair) -> int:
         document = caption_image_document(self.vocabulary, *pair)

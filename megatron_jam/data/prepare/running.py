@@ -146,10 +146,9 @@ class Run:
     def _publish(self, job: Job, journal: Journal) -> None:
         for name in (*job.slices, TRAINING):  # the training set last: where it is, all are
             prefix = self.prefix_of(name)
-            tokens, _, rows = journal.paths(name)
             Path(f"{prefix}.json").unlink(missing_ok=True)
-            if tokens.stat().st_size:
-                write_side_table(rows, Path(f"{prefix}.parquet"))
+            if journal.path(name, "tokens").stat().st_size:
+                write_side_table(journal.path(name, "rows"), Path(f"{prefix}.parquet"))
                 described = self._described(job)
                 with SetWriter(prefix, vocabulary=job.vocabulary, **described) as writer:
                     copy_documents(journal, name, writer, job.dtype)

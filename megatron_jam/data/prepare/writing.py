@@ -63,6 +63,9 @@ class Document(NamedTuple):
     pieces: list[int]
     """Hashes of its pieces, its own last."""
 
+    lengths: Sequence[int] = ()
+    """Tokens of its sequences; none if it is one."""
+
 
 class Documents(NamedTuple):
     """Documents of one set in a row."""
@@ -71,7 +74,10 @@ class Documents(NamedTuple):
     """In the dtype of the set, [num_tokens]."""
 
     lengths: NDArray[np.int32]
-    """Tokens of each, [num_documents]."""
+    """Tokens of each sequence, [num_sequences]."""
+
+    counts: NDArray[np.int32]
+    """Sequences of each, [num_documents]."""
 
     rows: list[tuple[Any, ...]]
     """Their rows of :data:`SIDE_TABLE`."""
@@ -104,16 +110,16 @@ def sort_out(
         else:
             name = held_out.slice_of(document.pieces[-1])
             of_slice.setdefault(name, []).append(document)
-    return Prepared(
-        {
-            name: Documents(
-                np.concatenate([each.tokens for each in found]).astype(dtype),
-                np.array([len(each.tokens) for each in found], dtype=np.int32),
-                [(*each.origin, each.pieces) for each in found],
-            )
-            for name, found in of_slice.items()
-        },
-        rejected,
+    return Prepared({name: _in_a_row(each, dtype) for name, each in of_slice.items()}, rejected)
+
+
+def _in_a_row(documents: Sequence[Document], dtype: np.dtype) -> Documents:
+    lengths = [each.lengths or [len(each.tokens)] for each in documents]
+    return Documents(
+        np.concatenate([each.tokens for each in documents]).astype(dtype),
+        np.array([length for each in lengths for length in each], dtype=np.int32),
+        np.array([len(each) for each in lengths], dtype=np.int32),
+        [(*each.origin, each.pieces) for each in documents],
     )
 
 
@@ -147,7 +153,7 @@ class Journal:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UsageError(f"another process is preparing {prefix}: wait for it") from error
-        text = json.dumps(identity, sort_keys=True)
+        text = json.dumps({"fields": Documents._fields, **identity}, sort_keys=True)
         self._identity = hashlib.sha256(text.encode()).hexdigest()
         state = self._read_state()
         if state:
@@ -157,7 +163,7 @@ class Journal:
         self.num_bad: int = state.get("num_bad", 0)
         sizes = state.get("sizes", {})
         self._slices = list(slices)
-        names = [f"{i}.{end}" for i in range(len(slices)) for end in ("bin", "lengths", "rows")]
+        names = [f"{i}.{end}" for i in range(len(slices)) for end in Documents._fields]
         self._streams = {
             name: self._append_to(name, sizes.get(name, 0)) for name in (*names, "rejected")
         }
@@ -194,10 +200,9 @@ class Journal:
         """Append what became of a chunk; `place` is behind it."""
         for name, documents in prepared.documents.items():
             number = self._slices.index(name)
-            self._streams[f"{number}.bin"].write(np.ascontiguousarray(documents.tokens).data)
-            lengths = np.ascontiguousarray(documents.lengths, dtype="<i4")
-            self._streams[f"{number}.lengths"].write(lengths.data)
-            self._streams[f"{number}.rows"].write(_json_lines(documents.rows))
+            for end, values in documents._asdict().items():
+                data = _json_lines(values) if end == "rows" else values.tobytes()
+                self._streams[f"{number}.{end}"].write(data)
         self._streams["rejected"].write(_json_lines(each._asdict() for each in prepared.rejected))
         self.num_bad += len(prepared.bad)
         self.place = place
@@ -218,13 +223,9 @@ class Journal:
         write_text_atomically(self.folder / STATE, json.dumps(state) + "\n")
         self._committed = time.monotonic()
 
-    def paths(self, name: str) -> tuple[Path, Path, Path]:
-        """Files with the tokens, lengths and rows of the set of slice `name`."""
-        number = self._slices.index(name)
-        tokens, lengths, rows = (
-            self.folder / f"{number}.{end}" for end in ("bin", "lengths", "rows")
-        )
-        return tokens, lengths, rows
+    def path(self, name: str, end: str) -> Path:
+        """The file with what stands in field `end` of the :class:`Documents` of slice `name`."""
+        return self.folder / f"{self._slices.index(name)}.{end}"
 
     def remove(self) -> None:
         """Remove the folder, when everything is in its place."""
@@ -238,12 +239,13 @@ def _json_lines(values: Iterable[Any]) -> bytes:
 
 def copy_documents(journal: Journal, name: str, writer: SetWriter, dtype: np.dtype) -> None:
     """Hand the documents of slice `name` to `writer`, in pieces that memory holds easily."""
-    tokens, lengths, _ = journal.paths(name)
-    no_tokens, no_lengths = np.zeros(0, dtype=dtype), np.zeros(0, dtype=np.int32)
-    for chunk in _arrays(lengths, np.dtype("<i4")):
-        writer.add(no_tokens, chunk)
-    for chunk in _arrays(tokens, dtype):
-        writer.add(chunk, no_lengths)
+    no_tokens, none = np.zeros(0, dtype=dtype), np.zeros(0, dtype=np.int32)
+    for lengths in _arrays(journal.path(name, "lengths"), none.dtype):
+        writer.add(no_tokens, lengths, none)
+    for counts in _arrays(journal.path(name, "counts"), none.dtype):
+        writer.add(no_tokens, none, counts)
+    for tokens in _arrays(journal.path(name, "tokens"), dtype):
+        writer.add(tokens, none, none)
 
 
 def _arrays(path: Path, dtype: np.dtype) -> Iterator[NDArray]:

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from megatron_jam.config.errors import UsageError
+from megatron_jam.data.index_file import read_index
 from megatron_jam.data.indexed import open_set
 from megatron_jam.data.prepare.held_out import HeldOut, piece_hash
-from megatron_jam.data.prepare.pairs import PairJob, Retrieval
+from megatron_jam.data.prepare.pairs import PairJob
 from megatron_jam.data.prepare.running import Run
 from megatron_jam.tokenizers.document import caption_image_document
 from megatron_jam.tokenizers.image import pixels_from_image
@@ -169,35 +170,39 @@ def pairs_with_retrieved(path, count=30, num_retrieved=4):
 
 
 def test_retrieved_pairs_are_laid_out_in_front(tmp_path):
+    """Each as a sequence of its own, so that a run can choose; all of them if it does not."""
     captions, codes, lines = pairs_with_retrieved(tmp_path / "x.jsonl")
-    retrieval = Retrieval(most=2, epochs=2, seed=5)
-    prepare(tmp_path / "x.jsonl", tmp_path / "sets/x", CODES, bad="stop", retrieval=retrieval)
+    prepare(tmp_path / "x.jsonl", tmp_path / "sets/x", CODES, bad="stop", retrieved=3)
+    front = [[(captions[i], codes[i]) for i in line["others"][:3]] for line in lines]
     found = documents(tmp_path / "sets/x")
-    assert len(found) == 60
+    assert found == [laid_out(*each) for each in zip(captions, codes, front, strict=True)]
+    index = read_index(tmp_path / "sets/x")
+    assert index.sequences.borders.tolist() == list(range(0, 5 * 30 + 1, 5))
+    stream = np.concatenate(found)
+    sequences = np.split(stream, index.sequences.edges[1:-1])
+    for number in range(30):
+        first, *retrieved, last = (each.tolist() for each in sequences[5 * number : 5 * number + 5])
+        alone = laid_out(captions[number], codes[number])
+        assert first + last == alone
+        assert [alone[:1] + each[:-1] + alone[-1:] for each in retrieved] == [
+            laid_out(*each) for each in front[number]
+        ]
+    rows = pyarrow.parquet.read_table(tmp_path / "sets/x.parquet").to_pylist()
     hashes = {
         piece_hash(np.array(laid_out(c, m)[1:-1])): i
         for i, (c, m) in enumerate(zip(captions, codes, strict=True))
     }
-    rows = pyarrow.parquet.read_table(tmp_path / "sets/x.parquet").to_pylist()
-    drawn = [[hashes[piece] for piece in row["pieces"]] for row in rows]
-    for number, (document, pieces) in enumerate(zip(found, drawn, strict=True)):
-        own = number // 2
-        assert pieces[-1] == own
-        assert len(set(pieces)) == 3
-        assert set(pieces[:-1]) <= set(lines[own]["others"])
-        front = [(captions[i], codes[i]) for i in pieces[:-1]]
-        assert document == laid_out(captions[own], codes[own], front)
-    assert sum(drawn[2 * i] != drawn[2 * i + 1] for i in range(30)) > 20  # each epoch draws anew
-
-
-def test_the_number_of_retrieved_pairs_may_be_drawn(tmp_path):
-    pairs_with_retrieved(tmp_path / "x.jsonl", count=200, num_retrieved=3)
-    retrieval = Retrieval(most=2, number="drawn")
-    prepare(tmp_path / "x.jsonl", tmp_path / "sets/x", CODES, bad="stop", retrieval=retrieval)
-    rows = pyarrow.parquet.read_table(tmp_path / "sets/x.parquet").to_pylist()
-    counts = np.bincount([len(row["pieces"]) - 1 for row in rows], minlength=3)
-    assert counts.sum() == 200
-    assert abs(counts - 200 / 3).max() < 4 * (200 * 2 / 9) ** 0.5  # four standard deviations
+    for number, row in enumerate(rows):
+        drawn = [hashes[piece] for piece in row["pieces"]]
+        assert drawn == [*lines[number]["others"][:3], number]
+    # Without them each document is one sequence, as in any set of pairs.
+    prepare(tmp_path / "x.jsonl", tmp_path / "sets/y", CODES, bad="stop")
+    assert read_index(tmp_path / "sets/y").sequences is None
+    assert documents(tmp_path / "sets/y") == [
+        laid_out(*each) for each in zip(captions, codes, strict=True)
+    ]
+    with pytest.raises(UsageError, match="retrieved must be at least 0, not -1"):
+        prepare(tmp_path / "x.jsonl", tmp_path / "sets/z", CODES, retrieved=-1)
 
 
 def test_what_is_held_out_is_retrieved_by_no_training_document(tmp_path):
@@ -207,7 +212,7 @@ def test_what_is_held_out_is_retrieved_by_no_training_document(tmp_path):
         tmp_path / "x.jsonl",
         tmp_path / "sets/x",
         CODES,
-        retrieval=Retrieval(most=3),
+        retrieved=3,
         held_out=held_out,
     )
     training = pyarrow.parquet.read_table(tmp_path / "sets/x.parquet").to_pylist()
