@@ -10,12 +10,12 @@ import itertools
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from benchmarks.timing import speed_over
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.data import Cm3Config
-from megatron_jam.config.errors import UsageError
 from megatron_jam.data.cm3 import Cm3Transform
 from megatron_jam.data.sample import Block
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
@@ -27,7 +27,7 @@ SENTINELS = list(range(VOCABULARY.sentinels.start, VOCABULARY.sentinels.stop))
 Edges = tuple[int, int]
 
 
-def main(*, pairs: int = 9, blocks: int = 400, json: bool = False) -> None:
+def main(*, pairs: PositiveInt = 9, blocks: PositiveInt = 400, json: bool = False) -> None:
     """Print ratios of tokens a second, ours over the peer's: above 1 ours is faster.
 
     Args:
@@ -35,8 +35,6 @@ def main(*, pairs: int = 9, blocks: int = 400, json: bool = False) -> None:
         blocks: blocks that a run transforms.
         json: one line of JSON a row (name, ratio, spread) in place of text.
     """
-    if min(pairs, blocks) < 1:
-        raise UsageError(f"pairs is {pairs} and blocks {blocks}; both must be at least 1")
     torch.set_num_threads(1)
     one = {"mean_spans": 100.0, "max_spans": 1}
     # Without <break> in it a block is one segment to the authors' scope, as it is to the peer.

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, _IndexWriter
 from megatron.core.datasets.utils import Split
 
 from benchmarks.timing import seconds, speed_over
 from megatron_jam.config.cli import run_command
-from megatron_jam.config.errors import UsageError
 from megatron_jam.data.index_file import TokenWriter, read_index
 from megatron_jam.data.indexed import IndexedSet, open_set, write_set
 from megatron_jam.data.packing import DocumentPacking, StreamPacking
@@ -32,7 +32,7 @@ MANY = 10_000_000
 VOCABULARY = JointVocabulary.build(text_size=56_320, num_image_codes=8_192, num_sentinels=512)
 
 
-def main(*, pairs: int = 9, samples: int = 2_000, json: bool = False) -> None:
+def main(*, pairs: PositiveInt = 9, samples: PositiveInt = 2_000, json: bool = False) -> None:
     """Print ratios, the peer's seconds over ours, and the seconds of ours for all indexes.
 
     Args:
@@ -40,8 +40,6 @@ def main(*, pairs: int = 9, samples: int = 2_000, json: bool = False) -> None:
         samples: samples that a run reads.
         json: one line of JSON a row (name, ratio, spread) in place of text.
     """
-    if min(pairs, samples) < 1:
-        raise UsageError(f"pairs is {pairs} and samples {samples}; both must be at least 1")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         _samples(f"{folder}/set", pairs, samples, json)

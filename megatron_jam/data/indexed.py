@@ -107,7 +107,7 @@ class IndexedSet:
         """
         if config is None:
             return None
-        if self.info.kind != "pairs" or self.sequences is None:
+        if self.info.kind != "pairs" or self.sequence_counts.max(initial=0) < 3:
             raise UsageError(
                 f"{self.prefix} holds no retrieved pairs: leave out data.sets' retrieved, or "
                 "prepare the set with --retrieved"
@@ -185,7 +185,8 @@ class SetWriter:
                 place = int(np.searchsorted(np.cumsum(counts), place, side="right"))
             raise ValueError(f"document {number + place} is empty")
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._num_ids:
-            later = "" if lengths is None else " or a later one"
+            is_one = len(sizes if counts is None else counts) == 1
+            later = "" if is_one else " or a later one"
             raise ValueError(f"document {number}{later} leaves 0..{self._num_ids - 1}")
         self._files.add(tokens, lengths, counts)
         self._counts += count_modalities(tokens, self._vocabulary)
@@ -220,7 +221,7 @@ class SetWriter:
 
 def write_set(
     prefix: Path | str,
-    documents: Iterable[NDArray[np.int64]],
+    documents: Iterable[NDArray[np.int64] | Sequence[NDArray[np.int64]]],
     *,
     vocabulary: JointVocabulary,
     tokenizer_sha256: str,
@@ -228,7 +229,8 @@ def write_set(
     image_tokenizer_sha256: str = "",
     settings: dict[str, Any] | None = None,
 ) -> SetInfo:
-    """Write `documents`, joint ids [n] each, as the set PREFIX, replacing an older one.
+    """Write `documents`, joint ids [n] or a row of sequences of such, as the set PREFIX, replacing
+    an older one.
 
     Raises:
         UsageError: there is no document.
@@ -243,8 +245,10 @@ def write_set(
         image_tokenizer_sha256=image_tokenizer_sha256,
         settings=settings,
     ) as writer:
-        for tokens in documents:
-            writer.add(tokens)
+        for each in documents:
+            sequences = [each] if isinstance(each, np.ndarray) else each
+            lengths = np.array([len(tokens) for tokens in sequences])
+            writer.add(np.concatenate(sequences), lengths, np.array([len(sequences)]))
         return writer.finish()
 
 

@@ -49,13 +49,14 @@ def caption_image_sequences(
     retrieved: Sequence[tuple[ArrayLike, ArrayLike]] = (),
 ) -> list[Tokens]:
     """The same as `[E]`, each `T [B] M [B]` that was retrieved, and `T [B] M [E]`: with any of the
-    retrieved ones left out, or in another order, they are a document too."""
+    retrieved ones left out, or in another order, they are a document too. If there are none, it
+    is in one piece."""
     sequences = [_join(vocabulary.eos)]
     for text, image in (*retrieved, (caption, codes)):
         pair = vocabulary.text_id(text), vocabulary.break_, vocabulary.image_id(image)
         sequences.append(_join(*pair, vocabulary.break_))
     sequences[-1][-1] = vocabulary.eos
-    return sequences
+    return sequences if retrieved else [_join(*sequences)]
 
 
 def interleaved_document(vocabulary: JointVocabulary, parts: Sequence[Part]) -> Tokens:

@@ -7,7 +7,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from megatron_jam.config.data import DataConfig, DataSetConfig, RetrievedConfig
 from megatron_jam.config.errors import UsageError
 from megatron_jam.data.evaluation import evaluation_samples
-from megatron_jam.data.indexed import SetWriter, open_set
 from megatron_jam.data.loader import build_dataset
 from megatron_jam.data.mix import mix_of
 from megatron_jam.data.packing import DocumentPacking, StreamPacking, shuffled
@@ -30,22 +29,10 @@ def records(count=40, most=5, seed=0):
 
 
 def write(prefix, made):
-    """As the prepare tool does: what has retrieved pairs is several sequences."""
-    with SetWriter(
-        prefix,
-        vocabulary=VOCABULARY,
-        tokenizer_sha256="0" * 64,
-        kind="pairs",
-        image_tokenizer_sha256="1" * 64,
-    ) as writer:
-        for own, retrieved in made:
-            sequences = caption_image_sequences(VOCABULARY, *own, retrieved)
-            lengths = np.array([len(each) for each in sequences])
-            if not retrieved:
-                lengths = lengths.sum(keepdims=True)
-            writer.add(np.concatenate(sequences), lengths, np.array([len(lengths)]))
-        writer.finish()
-    return open_set(prefix, VOCABULARY)
+    """As the prepare tool does."""
+    return make_set(
+        prefix, [caption_image_sequences(VOCABULARY, *own, r) for own, r in made], kind="pairs"
+    )
 
 
 def chosen(retrieved, config, key, number):
@@ -157,9 +144,8 @@ def test_our_index_of_sequences_is_megatrons(tmp_path):
     opened = write(tmp_path / "x", made)
     theirs = IndexedDatasetBuilder(str(tmp_path / "y.bin"), dtype=opened.dtype.type)
     for own, retrieved in made:
-        sequences = caption_image_sequences(VOCABULARY, *own, retrieved)
-        sequences = sequences if retrieved else [np.concatenate(sequences)]
-        theirs.add_document(np.concatenate(sequences), [len(each) for each in sequences])
+        found = caption_image_sequences(VOCABULARY, *own, retrieved)
+        theirs.add_document(np.concatenate(found), [len(each) for each in found])
     theirs.finalize(str(tmp_path / "y.idx"))
     for name in ("bin", "idx"):
         assert (tmp_path / f"x.{name}").read_bytes() == (tmp_path / f"y.{name}").read_bytes()

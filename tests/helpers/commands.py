@@ -8,6 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
+from megatron_jam.config.cli import run_command
 from tests.helpers.forks import CONTEXT
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +33,22 @@ def fails(done: subprocess.CompletedProcess[str], message: str) -> None:
     (line,) = done.stderr.splitlines()
     assert re.fullmatch(f"error: .*{message}.*", line), line
     assert done.returncode == 2
+
+
+def run_tool(name: str, *arguments: object) -> None:
+    """Run `tools/NAME.py` in this process, which has everything imported."""
+    main = runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]
+    run_command(main, [str(each) for each in arguments])
+
+
+def failure(capsys: pytest.CaptureFixture[str], name: str, *arguments: object) -> str:
+    """What a tool that a user's mistake ends with status 2 says on standard error."""
+    with pytest.raises(SystemExit) as caught:
+        run_tool(name, *arguments)
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1].startswith("error: ")
+    return told
 
 
 def environment() -> dict[str, str]:

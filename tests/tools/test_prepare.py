@@ -1,14 +1,11 @@
-import importlib.util
 import io
 import json
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_jam.config.cli import run_command
 from megatron_jam.data.indexed import open_set
 from megatron_jam.data.prepare.readers import read_records
 from megatron_jam.data.prepare.text import load_text_folder
@@ -17,8 +14,8 @@ from megatron_jam.tokenizers.image import pixels_from_image
 from megatron_jam.tokenizers.image_folder import load_image_tokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.tokenizers.vq import VqConfig, VqTokenizer
+from tests.helpers.commands import failure, run_tool
 
-TOOLS = Path(__file__).parents[2] / "tools"
 COLOURS = {"cherry": "darkred", "lemon": "yellow", "lime": "lightgreen"}
 CAPTIONS = {key: f"{key}: a {colour} fruit" for key, colour in COLOURS.items()}
 CAPTIONS["lime"] += " </s><break> \N{LEMON}\n"  # must stay plain text; the line break goes
@@ -28,23 +25,6 @@ RECORDS = [
     {"id": "lemon", "question": "what is a lemon?", "answer": ANSWER},
     {"id": "lime", "question": "show a lime", "answer": [{"image": "lime"}, {"image": "cherry"}]},
 ]
-
-
-def run_tool(name, *arguments):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    run_command(module.main, [str(each) for each in arguments])
-
-
-def fails(capsys, name, *arguments):
-    """The one line on standard error of a tool that a user's mistake ends."""
-    with pytest.raises(SystemExit) as caught:
-        run_tool(name, *arguments)
-    assert caught.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
-    return error
 
 
 def picture(key):
@@ -190,7 +170,7 @@ BAD_LINES = {
 def test_bad_lines_are_named(world, capsys, content):
     (world / "text.jsonl").write_bytes(content)
     arguments = world / "text.jsonl", world / "text_tokenizer", world / "sets/text"
-    assert BAD_LINES[content] in fails(capsys, "prepare_text", *arguments)
+    assert BAD_LINES[content] in failure(capsys, "prepare_text", *arguments)
     assert not list((world / "sets").iterdir())
 
 
@@ -206,7 +186,7 @@ BAD_ANSWERS = {
 @pytest.mark.parametrize("message", BAD_ANSWERS)
 def test_bad_answers_are_named(world, capsys, message):
     path = write_lines(world / "questions.jsonl", [*RECORDS, BAD_ANSWERS[message]])
-    error = fails(
+    error = failure(
         *(capsys, "prepare_interleaved", path, world / "text_tokenizer", world / "sets/questions"),
         *("--pictures", world / "pairs.tar", "--image_tokenizer", world / "image"),
     )
@@ -229,38 +209,38 @@ BAD_PAIRS = {
 def test_bad_pairs_are_named(world, capsys, message):
     path = write_tar(world / "pairs.tar", BAD_PAIRS[message])
     arguments = path, world / "text_tokenizer", world / "image", world / "sets/pairs"
-    assert message in fails(capsys, "prepare_images", *arguments, "--bad", "stop")
+    assert message in failure(capsys, "prepare_images", *arguments, "--bad", "stop")
 
 
 def test_a_truncated_tar_is_named(world, capsys):
     path = world / "pairs.tar"
     path.write_bytes(path.read_bytes()[:700])
     arguments = path, world / "text_tokenizer", world / "image", world / "sets/pairs"
-    assert f"{path}: it is not a whole .tar file" in fails(
+    assert f"{path}: it is not a whole .tar file" in failure(
         capsys, "prepare_images", *arguments, "--bad=stop"
     )
 
 
 def test_other_mistakes_are_named(world, capsys):
     missing = world / "nothing.jsonl", world / "text_tokenizer", world / "sets/text"
-    assert "no such file or folder" in fails(capsys, "prepare_text", *missing)
+    assert "no such file or folder" in failure(capsys, "prepare_text", *missing)
     no_tokenizer = world / "text.jsonl", world, world / "sets/text"
-    assert "no tokenizer at" in fails(capsys, "prepare_text", *no_tokenizer)
+    assert "no tokenizer at" in failure(capsys, "prepare_text", *no_tokenizer)
     arguments = world / "pairs.tar", world / "text_tokenizer", world / "image", world / "sets/x"
-    assert "batch_size must be" in fails(
+    assert "batch_size must be" in failure(
         capsys, "prepare_images", *arguments, "--encoding.batch_size", 0
     )
     wrong = JointVocabulary.build(text_size=300, num_image_codes=33, num_sentinels=8)
     wrong.save(world / "text_tokenizer" / "vocabulary.json")
-    assert "--num_image_codes 32" in fails(capsys, "prepare_images", *arguments)
+    assert "--num_image_codes 32" in failure(capsys, "prepare_images", *arguments)
     wrong = JointVocabulary.build(text_size=301, num_image_codes=32, num_sentinels=8)
     wrong.save(world / "text_tokenizer" / "vocabulary.json")
-    assert "301 text ids" in fails(capsys, "prepare_images", *arguments)
-    assert "vocab_size" in fails(
+    assert "301 text ids" in failure(capsys, "prepare_images", *arguments)
+    assert "vocab_size" in failure(
         *(capsys, "train_text_tokenizer", f"[{world / 'text.jsonl'}]", world / "out"),
         *("--vocab_size", 100),
     )
-    assert "of no known kind" in fails(
+    assert "of no known kind" in failure(
         *(capsys, "train_text_tokenizer", f"[{world / 'text.xml'}]", world / "out")
     )
 

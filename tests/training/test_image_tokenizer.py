@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import math
 import tarfile
@@ -8,17 +7,17 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
 from megatron_jam.tokenizers.image import pixels_from_image
 from megatron_jam.tokenizers.image_folder import load_image_tokenizer
 from megatron_jam.tokenizers.vq import VqConfig, VqTokenizer
 from megatron_jam.training import image_tokenizer as training
 from megatron_jam.training.image_tokenizer import train_image_tokenizer
+from tests.helpers.commands import failure, run_tool
 
 CONFIG = VqConfig(image_size=32, channels=(16, 32), num_codes=64, code_dim=8)
 SETTINGS = {"batch_size": 8, "learning_rate": 5e-3, "device": "cpu"}
-TOOL = Path(__file__).parents[2] / "tools" / "train_image_tokenizer.py"
+TOOL = "train_image_tokenizer"
 
 
 def picture(index: int) -> Image.Image:
@@ -96,13 +95,6 @@ def test_settings_that_cannot_be_are_named(images: torch.Tensor, name: str) -> N
         train_image_tokenizer(images[:0], CONFIG, steps=2, seed=0, **SETTINGS)
 
 
-def run_tool(*arguments: str | Path) -> None:
-    spec = importlib.util.spec_from_file_location(TOOL.stem, TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    run_command(module.main, [str(each) for each in arguments])
-
-
 def test_tool(tmp_path: Path) -> None:
     for name, indices in (("pairs", range(16)), ("heldout", range(16, 20))):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
@@ -111,7 +103,9 @@ def test_tool(tmp_path: Path) -> None:
                 archive.add(tmp_path / f"disc-{index:02}.png", f"disc-{index:02}.png")
     output = tmp_path / "tokenizer"
     options = ["--steps", "20", "--image_size", "32", "--channels", "[8,16]", "--num_codes", "32"]
-    run_tool(tmp_path / "pairs.tar", output, "--validation", tmp_path / "heldout.tar", *options)
+    run_tool(
+        TOOL, tmp_path / "pairs.tar", output, "--validation", tmp_path / "heldout.tar", *options
+    )
     tokenizer = load_image_tokenizer(output)
     assert (tokenizer.image_size, tokenizer.num_codes) == (32, 32)
     metrics = json.loads((output / "metrics.json").read_text())
@@ -140,10 +134,8 @@ def test_tool(tmp_path: Path) -> None:
 def test_tool_ends_with_one_line_on_a_mistake(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run_tool(tmp_path / "pairs.tar", tmp_path / "out", *options)
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [message.format(tmp_path)]
+    told = failure(capsys, TOOL, tmp_path / "pairs.tar", tmp_path / "out", *options)
+    assert told.splitlines() == [message.format(tmp_path)]
 
 
 def test_tool_names_a_record_without_a_picture(
@@ -153,10 +145,8 @@ def test_tool_names_a_record_without_a_picture(
     for name, archived in (("text", "sun.txt"), ("broken", "sun.png")):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
             archive.add(tmp_path / "sun.png", archived)
-        with pytest.raises(SystemExit) as caught:
-            run_tool(tmp_path / f"{name}.tar", tmp_path / "out")
-        assert caught.value.code == 2
-        assert f"{name}.tar: record 'sun'" in capsys.readouterr().err
+        told = failure(capsys, TOOL, tmp_path / f"{name}.tar", tmp_path / "out")
+        assert f"{name}.tar: record 'sun'" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -164,6 +154,5 @@ def test_tool_trains_for_no_folder_that_it_cannot_replace(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "letters.txt").write_text("dear")
-    with pytest.raises(SystemExit):
-        run_tool(tmp_path / "pairs.tar", tmp_path)  # before the pictures are missed
-    assert "no model.safetensors: name another folder" in capsys.readouterr().err
+    told = failure(capsys, TOOL, tmp_path / "pairs.tar", tmp_path)  # before pictures are missed
+    assert "no model.safetensors: name another folder" in told

@@ -5,7 +5,7 @@ import io
 import json
 import runpy
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.data.indexed import write_set
 from megatron_jam.fusion.fuse import fuse
 from megatron_jam.tokenizers.document import (
-    caption_image_document,
+    caption_image_sequences,
     question_answer_document,
     text_document,
 )
@@ -32,7 +32,8 @@ TEXT_SIZE, SIDE, LEVELS = 512, 4, 4
 
 FRESH = ("cm3leon_350m", "cm3leon_760m", "cm3leon_7b", "llm")
 TEXT_SETS = ("commoncrawl", "c4", "wikipedia", "books", "arxiv")
-PAIR_SETS = ("shutterstock", "shutterstock_sample", "shutterstock_heldout", "coco")
+PAIR_SETS = {"shutterstock": 3, "shutterstock_sample": 3, "shutterstock_heldout": 0, "coco": 0}
+"""With the number of pairs that were retrieved for each."""
 ANSWER_SETS = ("lima", "wikihow", "wikihow_heldout")
 
 Tokens = NDArray[np.int64]
@@ -51,16 +52,17 @@ def build_workspace(folder: Path) -> None:
     tokenizer.save(source / TOKENIZER)
     vocabulary.save(source / VOCABULARY)
     pictures = dict(_mosaics())
-    sets: dict[str, list[Tokens]] = {}
+    sets: dict[str, list[Tokens] | list[list[Tokens]]] = {}
     for name in (*TEXT_SETS, "wikipedia_heldout", "c4_heldout"):
         held_out = name.endswith("heldout")
         chosen = texts[-20:] if held_out else texts[:-20]
         sets[name] = [text_document(vocabulary, tokenizer.encode(text)) for text in chosen]
     captions = [record for record in _records("pairs.tar") if record["id"] in pictures]
-    for name in PAIR_SETS:
+    pairs = [(tokenizer.encode(each["text"]), pictures[each["id"]]) for each in captions[::8]]
+    for name, num_retrieved in PAIR_SETS.items():
         sets[name] = [
-            caption_image_document(vocabulary, tokenizer.encode(each["text"]), pictures[each["id"]])
-            for each in captions[::8]
+            caption_image_sequences(vocabulary, *pair, [*pairs, *pairs][i : i + num_retrieved])
+            for i, pair in enumerate(pairs, start=1)
         ]
     for name in ANSWER_SETS:
         sets[name] = [
@@ -91,10 +93,12 @@ def fuse_all(folder: Path) -> None:
 
 
 def _write(
-    prefix: Path, documents: Iterable[Tokens], vocabulary: JointVocabulary, tokenizer: TextTokenizer
+    prefix: Path,
+    documents: list[Tokens] | list[list[Tokens]],
+    vocabulary: JointVocabulary,
+    tokenizer: TextTokenizer,
 ) -> None:
-    documents = list(documents)
-    has_pictures = any((vocabulary.modality[each] == 1).any() for each in documents)
+    has_pictures = any((vocabulary.modality[np.hstack(each)] == 1).any() for each in documents)
     is_text = prefix.name in TEXT_SETS or not has_pictures
     write_set(
         prefix,

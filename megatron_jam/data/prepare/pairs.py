@@ -143,7 +143,7 @@ class PairJob(Job):
             np.concatenate(sequences),
             origin,
             [*(found for found, _ in kept), piece],
-            [len(each) for each in sequences] if kept else (),
+            [len(each) for each in sequences],
         )
 
     def _hash(self, pair: Pair) -> int:

@@ -1,13 +1,10 @@
 """Shards joined, documents chosen or withdrawn, sets verified: merge_data.py, verify_data.py."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
-from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
 from megatron_jam.data.indexed import open_set, read_info
 from megatron_jam.data.prepare.held_out import HeldOut
@@ -16,24 +13,9 @@ from megatron_jam.data.prepare.running import Run, Shard
 from megatron_jam.data.prepare.text import TextJob
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from tests.data.prepare.small import text_tools, texts, write_texts
+from tests.helpers.commands import failure, run_tool
 
-TOOLS = Path(__file__).parents[3] / "tools"
 HELD_OUT = HeldOut(shares={"valid": 0.2})
-
-
-def run_tool(name, *arguments):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    run_command(module.main, [str(each) for each in arguments])
-
-
-def fails(capsys, name, *arguments):
-    """What a tool that a user's mistake ends has said."""
-    with pytest.raises(SystemExit) as caught:
-        run_tool(name, *arguments)
-    assert caught.value.code == 2
-    return capsys.readouterr().err
 
 
 def prepare(inputs, prefix, shard=None, held_out=HELD_OUT):
@@ -79,15 +61,15 @@ def test_joined_shards_are_the_whole(world):
 def test_missing_and_other_shards_are_refused(world, capsys):
     for i in (0, 2):
         prepare(inputs_of(world), world / "sets/x", Shard(i, 4))
-    told = fails(capsys, "merge_data", world / "sets/x", world / "tokenizer", world / "sets/x")
+    told = failure(capsys, "merge_data", world / "sets/x", world / "tokenizer", world / "sets/x")
     assert "of 4 shards 2 are missing (1, 3): prepare them with --shard 1/4" in told
     prepare(inputs_of(world), world / "sets/x", Shard(1, 4), HeldOut())
     prepare(inputs_of(world), world / "sets/x", Shard(3, 4))
-    told = fails(capsys, "merge_data", world / "sets/x", world / "tokenizer", world / "sets/x")
+    told = failure(capsys, "merge_data", world / "sets/x", world / "tokenizer", world / "sets/x")
     assert "shards 1 are missing" in told or "other settings" in told
     assert not (world / "sets/x.json").exists()
     prepare(inputs_of(world)[:1], world / "sets/x", Shard(1, 4))
-    told = fails(capsys, "merge_data", world / "sets/x", world / "tokenizer", world / "sets/x")
+    told = failure(capsys, "merge_data", world / "sets/x", world / "tokenizer", world / "sets/x")
     assert "were made with other settings" in told
     with pytest.raises(UsageError, match="has shards of no parts"):
         shards_of(str(world / "sets/y"))
@@ -149,7 +131,9 @@ def test_withdrawn_records_are_gone(world, capsys):
     assert documents(world / "sets/y") == [documents(world / "sets/x")[i] for i in left]
     assert len(left) <= 120 - 4
     (world / "list.txt").write_text("nobody\n")
-    assert "has nothing of 'nobody'" in fails(capsys, *arguments, "--withdraw", world / "list.txt")
+    assert "has nothing of 'nobody'" in failure(
+        capsys, *arguments, "--withdraw", world / "list.txt"
+    )
 
 
 def test_sets_are_verified(world, capsys):
@@ -159,7 +143,7 @@ def test_sets_are_verified(world, capsys):
     run_tool(*verify)
     apart = "verify_data", world / "sets/x", world / "tokenizer", "--held_out"
     run_tool(*apart, f"[{world / 'sets/x_valid'}]")
-    told = fails(capsys, *apart, f"[{world / 'sets/y'}]")
+    told = failure(capsys, *apart, f"[{world / 'sets/y'}]")
     assert "stands, or contains what stands, in a held-out set" in told
     assert "1 of 1 sets are not as they should be" in told
 
@@ -180,7 +164,7 @@ def test_damage_is_found(world, capsys, spoil, message):
     prepare(inputs_of(world), world / "sets/x", held_out=HeldOut())
     prepare(inputs_of(world)[1], world / "sets/y", held_out=HeldOut())
     spoil(world / "sets")
-    assert message in fails(capsys, "verify_data", world / "sets/x", world / "tokenizer")
+    assert message in failure(capsys, "verify_data", world / "sets/x", world / "tokenizer")
 
 
 def flip(path, place, value=None):
@@ -195,7 +179,7 @@ def test_another_vocabulary_or_tokenizer_is_found(world, capsys):
     text = json.loads((folder / "tokenizer.json").read_text())
     text["normalizer"] = {"type": "Lowercase"}
     (folder / "tokenizer.json").write_text(json.dumps(text))
-    assert "another text tokenizer" in fails(capsys, "verify_data", world / "sets/x", folder)
+    assert "another text tokenizer" in failure(capsys, "verify_data", world / "sets/x", folder)
     other = JointVocabulary.build(text_size=262, num_image_codes=32, num_sentinels=9)
     other.save(folder / "vocabulary.json")
-    assert "another vocabulary" in fails(capsys, "verify_data", world / "sets/x", folder)
+    assert "another vocabulary" in failure(capsys, "verify_data", world / "sets/x", folder)

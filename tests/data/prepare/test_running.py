@@ -1,6 +1,7 @@
 """Runs over texts: the same bytes however they went, and everything bad is said."""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -82,34 +83,74 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, inputs, workers, m
     assert content_of(tmp_path / "one") == content_of(tmp_path / "many")
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+def prepare_until(place, counted, run):
+    """Prepare, and be killed with SIGKILL before operation `place` on the disk, from 0; `counted`
+    has how many there were."""
+
+    def counting(function):
+        def operation(*arguments, **settings):
+            if counted.value == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+            counted.value += 1
+            return function(*arguments, **settings)
+
+        return operation
+
+    for name in ("fsync", "replace", "unlink", "rmdir"):
+        setattr(os, name, counting(getattr(os, name)))
+    prepare_texts(run, HELD_OUT, 2000, 0.0)
+
+
+@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_ends_with_the_same_bytes(tmp_path, inputs, times):
+    """At places that are drawn, not at times, which on a busy machine are all at the beginning."""
     prepare(inputs, tmp_path / "whole/x")
     run = Run(inputs=inputs, prefix=str(tmp_path / "killed/x"), bad="skip", workers=2)
-    arguments = prepare_texts, run, HELD_OUT, 2000, 0.0
-    begun = time.monotonic()
-    process = start(*arguments)
-    process.join()
-    seconds = time.monotonic() - begun
-    assert process.exitcode == 0
-    assert content_of(tmp_path / "killed") == content_of(tmp_path / "whole")
-    rng, kills, places = random.Random(0), 0, set()
+
+    def runs_until(place):
+        """Whether the run came to its end, and how many operations there were before."""
+        counted = multiprocessing.Value("q", 0)
+        process = start(prepare_until, place, counted, run)
+        process.join()
+        if process.exitcode == 0:
+            assert content_of(tmp_path / "killed") == content_of(tmp_path / "whole")
+            return True, counted.value
+        assert process.exitcode == -signal.SIGKILL
+        return False, counted.value
+
+    _, total = runs_until(-1)
+    rng, kills, states = random.Random(0), 0, set()
+    state = tmp_path / "killed/.x.writing/state.json"
     while kills < times:
-        process = start(*arguments)
-        process.join(rng.uniform(0, seconds))
+        ended, _ = runs_until(rng.randrange(total))
+        if not ended:
+            kills += 1
+            states.add(state.read_text() if state.exists() else "")
+    assert runs_until(-1)[0]
+    assert len(states) > times // 2  # the kills hit different places
+
+
+@pytest.mark.slow
+def test_a_run_may_be_killed_at_any_moment(tmp_path, inputs):
+    prepare(inputs, tmp_path / "whole/x")
+    run = Run(inputs=inputs, prefix=str(tmp_path / "killed/x"), bad="skip", workers=2)
+
+    def runs_for(seconds):
+        begun = time.monotonic()
+        process = start(prepare_texts, run, HELD_OUT, 2000, 0.0)
+        process.join(seconds)
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
-            kills += 1
-            state = tmp_path / "killed/.x.writing/state.json"
-            places.add(state.read_text() if state.exists() else "")
         else:
+            assert process.exitcode == 0
             assert content_of(tmp_path / "killed") == content_of(tmp_path / "whole")
-    process = start(*arguments)
-    process.join()
-    assert process.exitcode == 0
-    assert content_of(tmp_path / "killed") == content_of(tmp_path / "whole")
-    assert len(places) > times // 3  # the kills hit different places
+        return time.monotonic() - begun
+
+    seconds, rng = runs_for(None), random.Random(0)
+    for _ in range(20):
+        runs_for(rng.uniform(0, seconds))
+    runs_for(None)
 
 
 def test_work_of_other_settings_is_not_gone_on_with(tmp_path, inputs):
