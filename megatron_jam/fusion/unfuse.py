@@ -55,9 +55,25 @@ def unfuse(weights: Path, tower: str, output: Path) -> ModelConfig:
         for entry in table:
             writer.write(entry.name, part(child, entry.name, tower))
         child.unchanged.check()
-        writer.finish(_origin(child, tower))
+        origin = _origin(child, tower)
+        is_parent = _is_the_parent(writer.complete(origin), child, tower)
+        writer.finish({**origin, "certificate": {"is_the_parent": is_parent}})
     logger.info("wrote %s: %s parameters", output, f"{num_parameters(config):,}")
+    logger.info("certificate: %s", _TOLD[is_parent])
     return config
+
+
+_TOLD = {
+    True: "bit for bit the parent that was fused",
+    False: "not the parent that was fused, as it was no longer kept apart",
+    None: "not compared: the model's provenance.json does not say what its parents were",
+}
+
+
+def _is_the_parent(found: WeightsFolder, child: WeightsFolder, tower: str) -> bool | None:
+    """Whether all tensors have the hashes that the parent's had; None if nobody wrote them down."""
+    due = child.provenance.get("parents", {}).get(tower, {}).get("sha256")
+    return None if due is None else found.sha256 == due
 
 
 def _origin(child: WeightsFolder, tower: str) -> dict[str, Any]:

@@ -73,3 +73,22 @@ def test_what_is_no_recipe_is_named(content: str, message: str, tmp_path: Path) 
     with pytest.raises(UsageError, match=message) as caught:
         FusionRecipe.load(path)
     assert "\n" not in str(caught.value)
+
+
+RECIPES = Path(__file__).parents[2] / "examples/recipes"
+PAPERS = {
+    "uniform": ("uniform", "copy", 2),
+    "width_copy": ("width", "copy", 2),
+    "width_average": ("width", "average", 2),
+    "width_diagonal": ("width", "diagonal", 2),
+    "cross_none": ("cross", "copy", 0),
+    "cross_every1": ("cross", "copy", 1),
+    "cross_every2": ("cross", "copy", 2),
+    "cross_every4": ("cross", "copy", 4),
+}
+
+
+def test_recipes_that_ship_are_the_papers() -> None:
+    """Tables 2 and 4; the diagonal width is ours."""
+    found = {path.stem: FusionRecipe.load(path) for path in RECIPES.iterdir()}
+    assert {name: (r.method, r.fill, r.every) for name, r in found.items()} == PAPERS

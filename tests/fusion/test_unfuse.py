@@ -52,6 +52,7 @@ def test_what_was_kept_apart_comes_back(
         for each in due.names:
             assert torch.equal(found.read(each), due.read(each)), each
         assert found.provenance["tower"] == name
+        assert found.provenance["certificate"] == {"is_the_parent": True}
 
 
 def settled(folder: WeightsFolder) -> TowerConfig:
@@ -75,6 +76,7 @@ def test_a_shared_table_comes_back_as_the_child_has_it(tmp_path: Path) -> None:
         known = due.read("embedding.tokens.weight")
         assert torch.equal(table[rows], known[rows]) == (name == "text")
         assert torch.equal(table[span.stop :], known[span.stop :]) == (name == "image")
+        assert found.provenance["certificate"] == {"is_the_parent": False}
 
 
 def test_the_command_and_its_mistakes(tmp_path: Path) -> None:
@@ -83,6 +85,11 @@ def test_the_command_and_its_mistakes(tmp_path: Path) -> None:
     done = tool("unfuse", "child", "text", "back", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert WeightsFolder(tmp_path / "back").config.towers == OPT.towers
+    assert "certificate: not the parent that was fused" in done.stderr
+    made = pico_folder(tmp_path / "made", pico_config("separate"))
+    unfuse(made, "text", tmp_path / "of made")
+    certificate = WeightsFolder(tmp_path / "of made").provenance["certificate"]
+    assert certificate == {"is_the_parent": None}
     fails(tool("unfuse", "text", "text", "x", cwd=tmp_path), "text is neither a JAM-Cross nor")
     fails(tool("unfuse", "child", "main", "x", cwd=tmp_path), "main.*")
     fails(tool("unfuse", "child", "text", "child", cwd=tmp_path), "child is the model itself")

@@ -51,18 +51,21 @@ def test_transformers_gives_the_same_logits(kind: str, dtype: torch.dtype, tmp_p
     check(pico_folder(tmp_path / "w", CONFIGS[kind], dtype=dtype), tmp_path / "hf")
 
 
+@pytest.mark.parametrize("kind", ["opt", "cm3leon"])
 @pytest.mark.parametrize(
     ("method", "settings"),
     [("uniform", {}), ("width", {"fill": "copy"}), ("width", {"fill": "average"})],
 )
 def test_fusions_of_one_tower_leave_as_stock_models(
-    method: Any, settings: dict[str, Any], tmp_path: Path
+    method: Any, settings: dict[str, Any], kind: str, tmp_path: Path
 ) -> None:
     for seed, name in enumerate(("text", "image")):
-        pico_folder(tmp_path / name, CONFIGS["opt"], seed=seed, dtype=torch.float32, scale=0.1)
+        pico_folder(tmp_path / name, CONFIGS[kind], seed=seed, dtype=torch.float32, scale=0.1)
     paths = {name: tmp_path / name for name in ("text", "image")}
     fuse(FusionRecipe(method=method, output=tmp_path / "child", **paths, **settings))
     check(tmp_path / "child", tmp_path / "hf")
+    told = json.loads((tmp_path / "hf/config.json").read_text())
+    assert told["architectures"] == ["OPTForCausalLM"]
 
 
 def test_the_tokenizer_goes_along(tmp_path: Path) -> None:

@@ -256,14 +256,19 @@ def test_a_disk_without_room_is_one_line(name: str, source: str, tmp_path: Path)
 
 def test_a_truncated_file_is_one_line(tmp_path: Path) -> None:
     weights = pico_folder(tmp_path / "w", pico_config("cross"), dtype=torch.float32)
-    path = next(weights.glob("*.safetensors"))
-    path.write_bytes(path.read_bytes()[:-100])
+    parent = pico_folder(tmp_path / "parent", pico_config("tower"), dtype=torch.float32)
+    for folder in (weights, parent):
+        path = next(folder.glob("*.safetensors"))
+        path.write_bytes(path.read_bytes()[:-100])
+    recipe = {"method": "uniform", "text": "parent", "image": "parent", "output": "out"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     before = sorted(tmp_path.iterdir())
     message = "model-00001-of-00001.safetensors is damaged"
     for name, arguments in {
         "convert_hf": ("export", str(weights), "out"),
         "unfuse": (str(weights), "image", "out"),
         "verify": (str(weights),),
+        "fuse": ("recipe.yaml",),
     }.items():
         fails(tool(name, *arguments, cwd=tmp_path), message)
     assert sorted(tmp_path.iterdir()) == before
