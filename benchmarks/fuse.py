@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from mergekit.merge_methods.linear import LinearMergeTask
 from mergekit.options import MergeOptions
 
 from benchmarks.convert import anonymous_bytes
-from benchmarks.timing import Run, row, speed_over
+from benchmarks.timing import Row, Run, row, speed_over
 from megatron_jam.config.cli import run_command
+from megatron_jam.config.errors import UsageError
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import ModelConfig, TowerConfig
 from megatron_jam.fusion.blocks import average, held
@@ -42,48 +44,83 @@ WIDTH, FFN, TEXT_IDS = 2048, 5504, 20_000
 ALLOWED = 100e6
 PAUSE_SECONDS = 0.002
 PARENTS = ("text", "image")
+METHODS: dict[str, dict[str, Any]] = {
+    "uniform": {"method": "uniform"},
+    "width copy": {"method": "width", "fill": "copy"},
+    "width average": {"method": "width", "fill": "average"},
+    "width diagonal": {"method": "width", "fill": "diagonal"},
+    "cross": {"method": "cross"},
+    "cross separate": {"method": "cross", "tables": "per_tower", "head": "wide"},
+}
+ROWS = ["average", *METHODS]
 
 
 def main(
     *,
     gigabytes: float = 1.0,
-    pairs: int = 7,
+    pairs: int = 5,
+    rows: list[str] = ROWS,
     folder: Path = Path("/dev/shm"),
     json: bool = False,
 ) -> None:
-    """Measure the computation, a whole uniform fusion, width and cross, and the memory of all.
+    """Measure the computation, whole fusions of every method, and the memory of all.
 
     Args:
         gigabytes: size of a parent, in 1e9 bytes.
-        pairs: how often each is measured; the end-to-end rows at most 5 times.
+        pairs: how often each is measured.
+        rows: which, of `average`, `uniform`, `width copy`, `width average`, `width diagonal`,
+            `cross` and `cross separate`.
         folder: where the parents are made and removed again; in memory, or the disk is measured.
         json: one line of JSON a row (name, ratio, spread) in place of text.
     """
     torch.set_num_threads(1)
-    speed_over("average over mergekit's LinearMergeTask", *computations(), pairs=pairs).print(
-        as_json=json
-    )
-    few = min(pairs, 5)
+    if unknown := set(rows) - set(ROWS):
+        raise UsageError(f"no row {min(unknown)!r}; choose of {ROWS}")
+    if "average" in rows:
+        found = speed_over("average over LinearMergeTask", *computations(), pairs=5 * pairs)
+        found.print(as_json=json)
     with tempfile.TemporaryDirectory(dir=folder) as name:
         root = Path(name)
-        config = parents(root, gigabytes * 1e9)
-        ours = fused(root, method="uniform")
-        speed_over("uniform over mergekit-yaml", ours, merged(root), pairs=few).print(as_json=json)
-        for settings in (
-            {"method": "uniform"},
-            {"method": "width", "fill": "copy"},
-            {"method": "width", "fill": "average"},
-            {"method": "width", "fill": "diagonal"},
-            {"method": "cross"},
-            {"method": "cross", "tables": "per_tower", "head": "wide"},
-        ):
-            told = " ".join(settings.values())
-            ours = fused(root, **settings)
-            ours()
-            speed_over(f"{told} over cp", ours, copied(root), pairs=few).print(as_json=json)
-            allowed = 0.05 * 2 * 2 * num_parameters(config) + ALLOWED
-            found = [peak_memory(root, settings) / allowed for _ in range(2)]
-            row(f"{told}: peak memory over the allowed", found).print(as_json=json)
+        for each in (name for name in rows if name in METHODS):
+            if not (root / PARENTS[0]).exists():
+                config = parents(root, gigabytes * 1e9)
+            for found in measured(root, config, each, pairs):
+                found.print(as_json=json)
+
+
+def measured(root: Path, config: ModelConfig, name: str, pairs: int) -> Iterator[Row]:
+    """Speed and memory of one way to fuse."""
+    settings = METHODS[name]
+    ours = fused(root, **settings)
+    fresh, again = removed(root / "child"), removed(root / "copy")
+    if name == "uniform":
+        peers = removed(root / "merged")
+        for parent in PARENTS:
+            export_hugging_face(root / parent, root / f"hf_{parent}")
+        yield speed_over(
+            f"{name} over mergekit-yaml",
+            ours,
+            merged(root),
+            pairs=pairs,
+            before=(fresh, peers),
+            warm=1,
+        )
+        for folder in ("merged", *(f"hf_{parent}" for parent in PARENTS)):
+            removed(root / folder)()
+    fresh()
+    ours()
+    yield speed_over(
+        f"{name} over cp", ours, copied(root), pairs=pairs, before=(fresh, again), warm=1
+    )
+    again()
+    allowed = 0.05 * 2 * 2 * num_parameters(config) + ALLOWED
+    found = [peak_memory(root, settings) / allowed for _ in range(2)]
+    yield row(f"{name}: peak memory over the allowed", found)
+
+
+def removed(path: Path) -> Run:
+    """Away with a folder of the last run: whose pages the kernel takes back is not measured."""
+    return lambda: shutil.rmtree(path, ignore_errors=True)
 
 
 def computations() -> tuple[Run, Run]:
@@ -106,7 +143,7 @@ def computations() -> tuple[Run, Run]:
 
 
 def parents(root: Path, num_bytes: float) -> ModelConfig:
-    """Two Llamas as weights folders and as Hugging Face's."""
+    """Two Llamas as weights folders."""
     source = root / "tokenizer"
     TextTokenizer.train(["a b c"], vocab_size=300).save(source / TOKENIZER_FILE)
     vocabulary = JointVocabulary.build(text_size=TEXT_IDS, num_image_codes=16, num_sentinels=14)
@@ -123,7 +160,6 @@ def parents(root: Path, num_bytes: float) -> ModelConfig:
             for each, shape in shapes.items():
                 writer.write(each, torch.randn(shape, generator=generator) * 0.02)
             writer.finish({"made_by": "benchmarks/fuse.py"})
-        export_hugging_face(root / name, root / f"hf_{name}")
     return config
 
 
@@ -145,13 +181,11 @@ def llama(vocabulary: int, layers: int) -> ModelConfig:
 
 def fused(root: Path, **settings: Any) -> Run:
     """A fusion of the parents, without its certificate."""
-    shutil.rmtree(root / "child", ignore_errors=True)
     recipe = FusionRecipe(
         text=root / "text", image=root / "image", output=root / "child", **settings
     )
 
     def run() -> None:
-        shutil.rmtree(root / "child", ignore_errors=True)
         fusion = Fusion.plan(recipe)
         with fusion.writer() as writer:
             fusion.stream(writer)
@@ -170,21 +204,12 @@ def merged(root: Path) -> Run:
     )
     options = MergeOptions(copy_tokenizer=False, lazy_unpickle=True, quiet=True)
 
-    def run() -> None:
-        shutil.rmtree(root / "merged", ignore_errors=True)
-        run_merge(config, str(root / "merged"), options=options)
-
-    return run
+    return lambda: run_merge(config, str(root / "merged"), options=options)
 
 
 def copied(root: Path) -> Run:
     """`cp` of the bytes that the fusion wrote."""
-
-    def run() -> None:
-        shutil.rmtree(root / "copy", ignore_errors=True)
-        subprocess.run(["cp", "-r", root / "child", root / "copy"], check=True)
-
-    return run
+    return lambda: subprocess.run(["cp", "-r", root / "child", root / "copy"], check=True)
 
 
 def peak_memory(root: Path, settings: dict[str, Any]) -> float:

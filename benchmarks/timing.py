@@ -32,19 +32,32 @@ class Row:
             print(f"{self.name}: {self.ratio:.2f} ({low:.2f} to {high:.2f})", flush=True)
 
 
-def speed_over(name: str, ours: Run, peer: Run, *, pairs: int) -> Row:
+def nothing() -> None:
+    """Nothing is to be done."""
+
+
+def speed_over(
+    name: str,
+    ours: Run,
+    peer: Run,
+    *,
+    pairs: int,
+    before: tuple[Run, Run] = (nothing, nothing),
+    warm: int = 2,
+) -> Row:
     """How often as fast `ours` is as `peer`: peer's seconds over ours, pair by pair.
 
-    Which of the two begins changes from pair to pair; two pairs before them warm up.
+    Which of the two begins changes from pair to pair; `warm` pairs come first and do not count.
+    What is in `before` is called each time before the one or the other, and is not timed.
     """
     ratios = []
-    for number in range(pairs + 2):
-        if number % 2:
-            mine, theirs = seconds(ours), seconds(peer)
-        else:
-            theirs, mine = seconds(peer), seconds(ours)
-        ratios.append(theirs / mine)
-    return row(name, ratios[2:])
+    for number in range(pairs + warm):
+        times = {}
+        for which in (0, 1) if number % 2 else (1, 0):
+            before[which]()
+            times[which] = seconds((ours, peer)[which])
+        ratios.append(times[1] / times[0])
+    return row(name, ratios[warm:])
 
 
 def row(name: str, ratios: list[float]) -> Row:

@@ -45,8 +45,10 @@ TORCH_LIBRARY_IMPL(megatron_jam, CUDA, library) {
 }
 #endif
 
-// What works on numpy arrays, for the data path.
+// What works on numpy arrays and bytes.
 PYBIND11_MODULE(_C, module) {
   jam::bind_cm3(module);
+  jam::bind_draw(module);
   jam::bind_packing(module);
+  jam::bind_sha256(module);
 }

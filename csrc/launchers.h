@@ -42,6 +42,8 @@ at::Tensor weighted_average_cpu(const at::Tensor& a, const at::Tensor& b, double
 
 // Functions on numpy arrays of the extension module.
 void bind_cm3(pybind11::module_& module);
+void bind_draw(pybind11::module_& module);
 void bind_packing(pybind11::module_& module);
+void bind_sha256(pybind11::module_& module);
 
 }  // namespace jam

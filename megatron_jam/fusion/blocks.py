@@ -10,7 +10,7 @@ from megatron_jam.ops.average import weighted_average
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.stream import Stored
 
-BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 1 << 20
 """Of rows that are made at once."""
 
 

@@ -14,11 +14,11 @@ import torch
 
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import IMAGE, MAIN, TEXT, BridgeConfig, ModelConfig
-from megatron_jam.fusion.blocks import Blocks, average, held, widened
+from megatron_jam.fusion.blocks import Blocks, average, widened
 from megatron_jam.fusion.parents import Parents
 from megatron_jam.fusion.positions import named_parent
 from megatron_jam.models.parameters import POSITIONS, Parameter
-from megatron_jam.weights.initial import initial_tensor
+from megatron_jam.weights.initial import initial_rows
 
 
 def cross_config(text: ModelConfig, image: ModelConfig, recipe: FusionRecipe) -> ModelConfig:
@@ -49,7 +49,10 @@ def cross_tensor(entry: Parameter, parents: Parents) -> Blocks:
         layer, tower, *weight = rest
         return parents.get(tower, ".".join([kind, layer, MAIN, *weight]))
     if entry.is_new:
-        return held(initial_tensor(entry, config, seed=parents.recipe.seed))
+        return Blocks(
+            shape=entry.shape,
+            rows=lambda i, j: initial_rows(entry, config, i, j, seed=parents.recipe.seed),
+        )
     if entry.tower is not None:
         return parents.get(entry.tower, name.replace(f".{entry.tower}.", "."))
     if entry.is_vocabulary:

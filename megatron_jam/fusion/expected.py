@@ -10,7 +10,7 @@ from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import IMAGE, PAIR, TEXT
 from megatron_jam.models.parameters import Parameter
 from megatron_jam.weights.folder import WeightsFolder
-from megatron_jam.weights.initial import drawn_row, initial_tensor
+from megatron_jam.weights.initial import drawn_row, initial_rows
 
 Rows = NDArray[np.int64]
 Values = NDArray[np.float64]
@@ -34,7 +34,6 @@ class Expected:
         self._tokens, self._takes = plan["token"], np.array(plan["takes"])
         self.ids = {tower: np.array(plan[tower], dtype=np.int64) for tower in PAIR}
         """Each parent's row of an id, or -1."""
-        self._fresh: tuple[str, Values] | None = None
 
     def rows(self, entry: Parameter, rows: Rows) -> Values:
         """Rows `rows` of one tensor."""
@@ -74,7 +73,7 @@ class Expected:
     def _cross(self, entry: Parameter, rows: Rows) -> Values:
         parts = entry.name.split(".")
         if entry.is_new:
-            return self._drawn(entry)[rows]
+            return self._drawn(entry, rows)
         towers = [part for part in parts if part in PAIR]
         if towers:
             replacement = ["main"] if parts[0] == "layers" else []
@@ -97,12 +96,13 @@ class Expected:
         known = [t for t in wide if entry.name in self._parents[t].names]
         return np.mean([self._parent(tower, entry.name, rows) for tower in known], axis=0)
 
-    def _drawn(self, entry: Parameter) -> Values:
-        """What no parent has: from the seed, in the child's dtype."""
-        if self._fresh is None or self._fresh[0] != entry.name:
-            tensor = initial_tensor(entry, self._child.config, seed=self._recipe.seed)
-            self._fresh = entry.name, tensor.double().numpy()
-        return self._fresh[1]
+    def _drawn(self, entry: Parameter, rows: Rows) -> Values:
+        """What no parent has: from the seed."""
+        if not len(rows):
+            return np.zeros((0, *entry.shape[1:]))
+        low, config = int(rows.min()), self._child.config
+        drawn = initial_rows(entry, config, low, int(rows.max()) + 1, seed=self._recipe.seed)
+        return drawn.double().numpy()[rows - low]
 
     def _parent(self, tower: str, name: str, rows: Rows) -> Values:
         """A parent's rows as numbered in the child."""

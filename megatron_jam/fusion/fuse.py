@@ -9,6 +9,7 @@ from typing import Any, Self
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.log import logger
 from megatron_jam.config.model import IMAGE, TEXT, ModelConfig
+from megatron_jam.fusion.blocks import Blocks
 from megatron_jam.fusion.certificate import ModelLogits, certify_fusion
 from megatron_jam.fusion.compatibility import Difference, check_parents
 from megatron_jam.fusion.cross import cross_config, cross_tensor
@@ -18,6 +19,7 @@ from megatron_jam.fusion.uniform import uniform_config, uniform_tensor
 from megatron_jam.fusion.vocabulary import PLAN_FILE, VocabularyPlan
 from megatron_jam.fusion.width import width_config, width_tensor
 from megatron_jam.models.parameters import num_parameters, parameter_table
+from megatron_jam.ops.sha256 import LANES
 from megatron_jam.weights.folder import FolderWriter, WeightsFolder, tokenizer_files
 
 METHODS: dict[str, tuple[Callable, Callable]] = {
@@ -106,18 +108,24 @@ class Fusion:
         )
 
     def stream(self, writer: FolderWriter) -> None:
-        """Write every tensor: parents' own as they lie, others some rows at a time.
+        """Write every tensor: parents' own as they lie, others some rows at a time, and together
+        with others of their shape.
 
         Raises:
             UsageError: a parent changed meanwhile.
         """
         compute = METHODS[self.parents.recipe.method][1]
+        alike: dict[tuple[int, ...], dict[str, Blocks]] = {}
         for entry in parameter_table(self.parents.config):
             blocks = compute(entry, self.parents)
             if blocks.stored is not None and blocks.rows(0, 0).dtype == self.parents.dtype:
                 writer.copy(entry.name, blocks.stored)
-            else:
-                writer.write_blocks(entry.name, blocks)
+                continue
+            alike.setdefault(blocks.shape, {})[entry.name] = blocks
+            if len(alike[blocks.shape]) == LANES:
+                writer.write_together(alike.pop(blocks.shape))
+        for tensors in alike.values():
+            writer.write_together(tensors)
         for folder in self.parents.folders.values():
             folder.unchanged.check()
 

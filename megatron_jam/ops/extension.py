@@ -1,16 +1,36 @@
 """Loads the compiled extension, whose import registers the operators `torch.ops.megatron_jam.*`.
 
-What the data path has in C++ works on numpy arrays, and stands here by name.
+What works on numpy arrays and bytes stands here by name.
 """
 
 import torch  # noqa: F401  (the extension needs its libraries)
 
 try:
-    from megatron_jam._C import Cm3, Order, Reader, Retrieval, differ, pack_greedily
+    from megatron_jam._C import (
+        Cm3,
+        Order,
+        Reader,
+        Retrieval,
+        differ,
+        draw,
+        has_sha_lanes,
+        pack_greedily,
+        sha256_update,
+    )
 except ImportError as error:
     raise ImportError(
         "the compiled extension megatron_jam._C is missing or was built for another torch: "
         f"run `make setup` in the repository ({error})"
     ) from error
 
-__all__ = ["Cm3", "Order", "Reader", "Retrieval", "differ", "pack_greedily"]
+__all__ = [
+    "Cm3",
+    "Order",
+    "Reader",
+    "Retrieval",
+    "differ",
+    "draw",
+    "has_sha_lanes",
+    "pack_greedily",
+    "sha256_update",
+]

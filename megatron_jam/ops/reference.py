@@ -7,7 +7,9 @@ integers whose float64 sums are exact in any order, so that a draw is the same o
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 WEIGHT_BITS = 36  # the largest logit of a row weighs 2^36; 2^17 ids sum exactly in float64
@@ -217,3 +219,91 @@ def weighted_average(a: Tensor, b: Tensor, share: float) -> Tensor:
     weights = (torch.tensor(each, dtype=exact) for each in (share, 1 - share))
     of_a, of_b = (x.to(exact) * weight for x, weight in zip((a, b), weights, strict=True))
     return (of_a + of_b).to(a.dtype)
+
+
+# Of the quantile of the normal distribution and of the logarithm, from the lowest power on.
+QUANTILE_NEAR = (
+    2.166818141937256,
+    0.34724536538124084,
+    -0.006543918512761593,
+    -0.001620317343622446,
+    0.00030377000803127885,
+    -9.520093044557143e-06,
+    -4.4225826059118845e-06,
+    4.967770905750513e-07,
+    2.7617229392262743e-08,
+)
+QUANTILE_FAR = (
+    4.297974109649658,
+    0.22164452075958252,
+    -0.005189978983253241,
+    0.00022937021276447922,
+    -1.1198821994184982e-05,
+    4.992754725208215e-07,
+    -1.617156852873336e-09,
+    -7.260082757198916e-09,
+    8.295828468618538e-10,
+)
+LOGARITHM = (
+    0.9999998211860657,
+    -0.4999993145465851,
+    0.3333798944950104,
+    -0.25008025765419006,
+    0.1979503035545349,
+    -0.16412799060344696,
+    0.1711122691631317,
+    -0.15403155982494354,
+)
+
+
+def drawn(kind: str, key: int, start: int, count: int, scale: float) -> NDArray[np.float32]:
+    """The numbers of :func:`megatron_jam.ops.draw.drawn`.
+
+    Number i is word i % 64 // 16 of counter 16 (i // 64) + i % 16. Of its upper 23 bits n comes u =
+    (2 n + 1) / 2^23 - 1, and of u the quantile of the normal distribution at (1 + u) / 2.
+    """
+    words = []
+    for i in range(start, start + count):
+        words.append(threefry(key, i // 64 * 16 + i % 16)[i % 64 // 16] >> 9)
+    one = np.float32(1)
+    u = (2 * np.array(words, dtype=np.int64) + 1).astype(np.float32) * np.float32(2.0**-23) - one
+    if kind == "uniform":
+        return np.float32(scale) * u
+    u = u * np.float32(0.9973) if kind == "cut_normal" else u  # 3 sigma
+    inside = (one - u) * (one + u)
+    exponent = (inside.view(np.int32) - np.float32(2 / 3).view(np.int32)) >> 23
+    rest = (inside.view(np.int32) - (exponent << 23)).view(np.float32) - one
+    whole = exponent.astype(np.float32) * np.float32(math.log(2))
+    w = -(whole + rest * _polynomial(LOGARITHM, rest))
+    near = _polynomial(QUANTILE_NEAR, w - np.float32(2.625))
+    far = _polynomial(QUANTILE_FAR, w - np.float32(10.275))
+    use_far = (w > np.float32(5.25)) & (kind == "normal")
+    return np.float32(scale) * (u * np.where(use_far, far, near))
+
+
+def _polynomial(coefficients: tuple[float, ...], x: NDArray[np.float32]) -> NDArray[np.float32]:
+    value = np.full_like(x, coefficients[-1])
+    for each in reversed(coefficients[:-1]):
+        value = value * x + np.float32(each)
+    return value
+
+
+def threefry(key: int, counter: int) -> list[int]:
+    """The four words of Threefry4x32-20 (Salmon et al. 2011). Counter and key: two words each, the
+    lower one first, then zeros."""
+    turns = ((10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20))
+    mask = 0xFFFFFFFF
+    keys = [key & mask, key >> 32, 0, 0]
+    keys.append(0x1BD11BDA ^ keys[0] ^ keys[1])
+    x = [counter & mask, counter >> 32, 0, 0]
+    x = [word + each & mask for word, each in zip(x, keys, strict=False)]
+    for step in range(20):
+        pairs = ((0, 3), (2, 1)) if step % 2 else ((0, 1), (2, 3))
+        for (low, high), turn in zip(pairs, turns[step % 8], strict=True):
+            x[low] = x[low] + x[high] & mask
+            x[high] = (x[high] << turn & mask | x[high] >> 32 - turn) ^ x[low]
+        if step % 4 == 3:
+            number = step // 4 + 1
+            x = [word + keys[(number + k) % 5] & mask for k, word in enumerate(x)]
+            x[3] = x[3] + number & mask
+    return x

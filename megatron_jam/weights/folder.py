@@ -181,7 +181,7 @@ class FolderWriter:
             config: the model's description.
             source: folder that holds vocabulary.json and tokenizer.json to copy, or their bytes by
                 name, and those of other small files.
-            shapes: shape of each tensor by name, in the order in which they will be written.
+            shapes: shape of each tensor by name, in the order in which they will lie.
             dtype: of all tensors.
             file_bytes: largest size of one file, in bytes, unless one tensor is larger.
             resume: what all the tensors are made of, in short: an interrupted writer of the same
@@ -211,20 +211,21 @@ class FolderWriter:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stream.close()
         # Renamed and gone where all went well. A wrong input will not be right the next time.
         if not (self._resume and error) or isinstance(error, UsageError):
             shutil.rmtree(self._part, ignore_errors=True)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor of the planned order, of its planned shape."""
+        """Write a tensor of its planned shape."""
         self._stream.write(name, tensor)
 
-    def write_blocks(self, name: str, blocks: Iterable[Tensor]) -> None:
-        """Append the next tensor as rows one after the other, in memory that stays as it is."""
-        self._stream.write_blocks(name, blocks)
+    def write_together(self, tensors: Mapping[str, Iterable[Tensor]]) -> None:
+        """Write tensors of one shape, as rows one after the other in memory that stays as it is."""
+        self._stream.write_together(tensors)
 
     def copy(self, name: str, stored: Stored) -> None:
-        """Append the next tensor, which lies as it is in another folder."""
+        """Write a tensor that lies as it is in another folder."""
         self._stream.copy(name, stored)
 
     def read_back(self, name: str) -> Tensor:

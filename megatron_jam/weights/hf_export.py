@@ -5,6 +5,7 @@ brings its code along: `reference.py`, and `hf_modeling.py` around it.
 """
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +119,13 @@ def _write_tensors(
     table = parameter_table(folder.config)
     shapes = {hugging_face_name(each.name, kind): _shape(folder, each, kind) for each in table}
     shapes |= {key: tensor.shape for key, tensor in along.items()}
-    stream = TensorStream(part, shapes, folder.dtype)
-    for entry, (key, shape) in zip(table, shapes.items(), strict=False):
-        stream.write(key, folder.read(entry.name).view(shape))
-    for key, tensor in along.items():
-        stream.write(key, tensor.read())
-    stream.finish()
-    return stream.hashes
+    with closing(TensorStream(part, shapes, folder.dtype)) as stream:
+        for entry, (key, shape) in zip(table, shapes.items(), strict=False):
+            stream.write(key, folder.read(entry.name).view(shape))
+        for key, tensor in along.items():
+            stream.write(key, tensor.read())
+        stream.finish()
+        return stream.hashes
 
 
 def _shape(folder: WeightsFolder, entry: Parameter, kind: str) -> tuple[int, ...]:

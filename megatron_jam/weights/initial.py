@@ -1,4 +1,5 @@
-"""Fresh weights: each tensor is drawn from (seed, canonical name), so no layout changes them."""
+"""Fresh weights: each number is drawn from (seed, canonical name, place), so no layout changes it
+and any rows can be drawn by themselves."""
 
 import hashlib
 import math
@@ -8,10 +9,18 @@ from torch import Tensor
 
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.models.parameters import Parameter
+from megatron_jam.ops.draw import Kind, drawn
 
 
 def initial_tensor(parameter: Parameter, config: ModelConfig, *, seed: int, pad: int = 1) -> Tensor:
-    """The start of one logical weight, float32 of its full shape.
+    """All of :func:`initial_rows`: the start of one logical weight, float32 of its shape."""
+    return initial_rows(parameter, config, 0, parameter.shape[0], seed=seed, pad=pad)
+
+
+def initial_rows(
+    parameter: Parameter, config: ModelConfig, start: int, stop: int, *, seed: int, pad: int = 1
+) -> Tensor:
+    """Rows start .. stop - 1 of the start of one logical weight, float32.
 
     Linear weights and tokens: N(0, init_std) cut at 3 sigma; residual outputs 0; positions
     init_std / 30 (CM3leon). Bridges: q, k, v Xavier-uniform with gain 1/sqrt(2), outputs
@@ -21,46 +30,55 @@ def initial_tensor(parameter: Parameter, config: ModelConfig, *, seed: int, pad:
     positions, is zero.
     """
     shape = parameter.shape
-    generator = torch.Generator().manual_seed(_seed(seed, parameter.name))
+    value = torch.zeros(stop - start, *shape[1:])
+    if chosen := _distribution(parameter, config):
+        kind, scale = chosen
+        width = math.prod(shape[1:])
+        key = _key(seed, parameter.name)
+        value = drawn(kind, key, start * width, value.numel(), scale).view(value.shape)
+    elif parameter.start == "one":
+        value += 1
+    elif parameter.start == "eye":
+        value.copy_(_diagonal(start, stop, shape[1]))
+    elif parameter.start == "half":
+        widths = [config.towers[name].hidden_size for name in config.tower_names]
+        value = torch.cat([_diagonal(start, stop, width) / 2 for width in widths], dim=1)
+    has_pad = parameter.is_vocabulary or (
+        # metaseq counts positions from the row behind the padding's
+        parameter.start == "position" and pad < config.position_offset
+    )
+    if has_pad and start <= pad < stop:
+        value[pad - start] = 0
+    return value
+
+
+def _distribution(parameter: Parameter, config: ModelConfig) -> tuple[Kind, float] | None:
+    """What a weight is drawn from, and its scale; None of one that is not drawn."""
+    shape = parameter.shape
     match parameter.start:
         case "normal":
-            value = _truncated(shape, config.init_std, generator)
+            return "cut_normal", config.init_std
         case "position":
-            value = _truncated(shape, config.init_std / 30, generator)
+            return "cut_normal", config.init_std / 30
         case "scaled":
-            std = config.init_std / math.sqrt(2 * config.num_layers)
-            value = _truncated(shape, std, generator)
+            return "cut_normal", config.init_std / math.sqrt(2 * config.num_layers)
         case "xavier":
-            bound = math.sqrt(6 / (shape[0] + shape[1])) / math.sqrt(2)
-            value = (torch.rand(shape, generator=generator) * 2 - 1) * bound
+            return "uniform", math.sqrt(6 / (shape[0] + shape[1])) / math.sqrt(2)
         case "projection":
-            value = torch.randn(shape, generator=generator) / math.sqrt(shape[0])
-        case "half":
-            widths = [config.towers[name].hidden_size for name in config.tower_names]
-            value = torch.cat([torch.eye(shape[0], width) / 2 for width in widths], dim=1)
-        case "eye":
-            value = torch.eye(*shape)
-        case "zero":
-            value = torch.zeros(shape)
-        case "one":
-            value = torch.ones(shape)
-    if parameter.is_vocabulary:
-        value[pad] = 0
-    elif parameter.start == "position" and pad < config.position_offset:
-        value[pad] = 0  # metaseq counts positions from the row behind the padding's
-    return value
+            return "normal", 1 / math.sqrt(shape[0])
+    return None
+
+
+def _diagonal(start: int, stop: int, width: int) -> Tensor:
+    """Rows of the identity matrix."""
+    return (torch.arange(width) == torch.arange(start, stop)[:, None]).float()
 
 
 def drawn_row(token: str, width: int, std: float, *, seed: int) -> Tensor:
     """float32 [width]: a fresh row of a token table, N(0, std) cut at 3 sigma, of (seed, token)."""
-    return _truncated((width,), std, torch.Generator().manual_seed(_seed(seed, token)))
+    return drawn("cut_normal", _key(seed, token), 0, width, std)
 
 
-def _truncated(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:
-    value = torch.empty(shape)
-    return torch.nn.init.trunc_normal_(value, 0.0, std, -3 * std, 3 * std, generator=generator)
-
-
-def _seed(seed: int, name: str) -> int:
+def _key(seed: int, name: str) -> int:
     digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return int.from_bytes(digest[:8], "little")

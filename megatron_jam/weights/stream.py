@@ -6,7 +6,7 @@ import json
 import os
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import read_json, write_json, write_text_atomically, writing
 from megatron_jam.config.log import logger
+from megatron_jam.ops.sha256 import Sha256
 
 INDEX = "model.safetensors.index.json"
 """Which file holds which tensor."""
@@ -27,9 +28,9 @@ JOURNAL = "journal.json"
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PIECE_BYTES = 2 << 20
-"""Written and hashed at once: small enough to stay in a core's cache between the two."""
-_WAITING = 4
-"""Pieces that may wait for their hash."""
+"""Written at once: small enough to be still in the cache when it is hashed."""
+_WAITING_BYTES = 8 << 20
+"""Of pieces that may wait for their hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Stored:
 
 
 class TensorStream:
-    """Writes tensors in a planned order into as many files as it takes.
+    """Writes tensors to planned places in as many files as it takes.
 
     Hashes are computed by a second thread, while the first writes.
     """
@@ -64,41 +65,26 @@ class TensorStream:
         file_bytes: int = 4 << 30,
         resume: str = "",
     ) -> None:
-        """Plan the files; the first tensor makes the first of them.
+        """Plan the files; the first tensor of each makes it.
 
         Args:
             folder: where they are made; it must exist by then.
-            shapes: shape of each tensor by name, in the order in which they will be written.
+            shapes: shape of each tensor by name, in the order in which they will lie.
             dtype: of all tensors.
             file_bytes: largest size of one file, in bytes, unless one tensor is larger.
             resume: what all the tensors are made of, in short: whole files that an interrupted
-                stream of the same left in the folder are kept. "" keeps none, and no journal.
+                stream of the same left in the folder are kept, if tensors were written in their
+                order. "" keeps none, and no journal.
         """
         self._folder, self._dtype, self._shapes = folder, dtype, dict(shapes)
         self._files = _plan(self._shapes, dtype.itemsize, file_bytes)
+        self._number = {name: i for i, names in enumerate(self._files) for name in names}
         self._resume = resume and _sha256_of([resume, str(dtype), self._shapes, file_bytes])
         self._whole: list[dict[str, str]] = []
-        self._queue = iter(self._steps())
+        self._open: dict[int, _OpenFile] = {}
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hasher")
-        self._waiting: deque[Future] = deque()
+        self._waiting: deque[tuple[Future, int]] = deque()
         self._digests: dict[str, Future | str] = {}
-
-    def _steps(self) -> Iterable[tuple[str, Any]]:
-        """Yield (name, file to append to) in order; headers go before the first tensor."""
-        for index, names in enumerate(self._files):
-            if index < len(self._whole):
-                continue
-            path = self._folder / self._file_name(index)
-            with writing(path), path.open("wb") as file:
-                file.write(self._header(names))
-                for name in names:
-                    yield name, file
-                file.flush()
-                os.fsync(file.fileno())
-            if self._resume:
-                self._whole.append({name: self.hashes[name] for name in names})
-                journal = {"of": self._resume, "files": self._whole}
-                write_text_atomically(self._folder / JOURNAL, json.dumps(journal))
 
     def go_on(self) -> list[str]:
         """Keep the files that are whole; the names that are left to be written."""
@@ -118,7 +104,7 @@ class TensorStream:
         if journal.get("of") != self._resume:
             return []
         for index, names in enumerate(self._files[: len(journal["files"])]):
-            file = self._folder / self._file_name(index)
+            file = self._path(index)
             size = len(self._header(names)) + sum(self._bytes(name) for name in names)
             if not file.is_file() or file.stat().st_size != size:
                 return journal["files"][:index]
@@ -128,49 +114,83 @@ class TensorStream:
         return _header({name: self._shapes[name] for name in names}, self._dtype)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor of the planned order, of its planned shape."""
+        """Write a tensor of its planned shape."""
         assert tuple(tensor.shape) == self._shapes[name], f"{name}: shape {tuple(tensor.shape)}"
-        self.write_blocks(name, [tensor])
+        self.write_together({name: [tensor]})
 
-    def write_blocks(self, name: str, blocks: Iterable[Tensor]) -> None:
-        """Append the next tensor of the planned order, given as rows one after the other.
+    def write_together(self, tensors: Mapping[str, Iterable[Tensor]]) -> None:
+        """Write tensors of one shape, given as blocks of rows one after the other, side by side:
+        many are hashed faster together.
 
-        A block is written before the next one is asked for, but hashed up to some pieces later:
-        blocks must not share memory that is written again.
+        A block is written before the next one is asked for, but hashed some pieces later: blocks
+        must not share memory that is written again. Blocks of all have the same sizes.
         """
-        file, left = self._next(name), self._bytes(name)
-        digest = hashlib.sha256()
+        (size,) = {self._bytes(name) for name in tensors}
+        files = {name: self._file_of(name) for name in tensors}
+        sources = {name: self._pieces(blocks) for name, blocks in tensors.items()}
+        digest, done = Sha256(len(tensors)), 0
+        while done < size:
+            pieces = []
+            for name, source in sources.items():
+                piece = next(source, memoryview(b""))
+                assert 0 < len(piece) <= size - done, f"{name}: {size - done} bytes are left"
+                files[name].write(name, done, piece)
+                pieces.append(piece)
+            done += len(pieces[0])
+            self._hash(digest, pieces)
+        for name, source in sources.items():
+            assert next(source, None) is None, f"{name}: more than {size} bytes"
+        found = self._hasher.submit(digest.hexdigests)
+        for place, name in enumerate(tensors):
+            self._finish(name, self._hasher.submit(lambda i=place: found.result()[i]))
+
+    def _pieces(self, blocks: Iterable[Tensor]) -> Iterator[memoryview]:
+        """The bytes of rows."""
         for block in blocks:
             data = _bytes_of(block.detach().to("cpu", self._dtype).contiguous())
-            left -= len(data)
-            for piece in _pieces(data):
-                self._waiting.append(self._hasher.submit(digest.update, piece))
-                with writing(Path(file.name)):
-                    _append(file, piece)
-                if len(self._waiting) > _WAITING:
-                    self._waiting.popleft().result()
-        assert left == 0, f"{name}: {left} bytes too few"
-        self._digests[name] = self._hasher.submit(digest.hexdigest)
+            for start in range(0, len(data), _PIECE_BYTES):
+                yield data[start : start + _PIECE_BYTES]
+
+    def _hash(self, digest: Sha256, pieces: Sequence[memoryview]) -> None:
+        self._waiting.append((self._hasher.submit(digest.update, pieces), sum(map(len, pieces))))
+        while len(self._waiting) > 1 and sum(n for _, n in self._waiting) > _WAITING_BYTES:
+            self._waiting.popleft()[0].result()
 
     def copy(self, name: str, stored: Stored) -> None:
-        """Append the next tensor of the planned order, which lies as it is in another file.
+        """Write a tensor that lies as it is in another file.
 
         Raises:
             UsageError: the file is shorter than it was.
         """
-        file = self._next(name)
         assert stored.size == self._bytes(name), f"{name}: {stored.size} bytes"
-        file.flush()
-        with stored.path.open("rb") as source, writing(Path(file.name)):
-            if not _copy_range(source.fileno(), stored.offset, file.fileno(), stored.size):
+        file = self._file_of(name)
+        with stored.path.open("rb") as source:
+            if not file.copy(name, source.fileno(), stored):
                 raise UsageError(f"{stored.path} was cut off while it was read: run this again")
-        file.seek(0, os.SEEK_END)
-        self._digests[name] = stored.sha256
+        self._finish(name, stored.sha256)
 
-    def _next(self, name: str) -> Any:
-        expected, file = next(self._queue)
-        assert name == expected, f"{name} written where {expected} was planned"
-        return file
+    def _file_of(self, name: str) -> "_OpenFile":
+        """The file in which a tensor has its place."""
+        assert name not in self._digests, f"{name} was written before"
+        number = self._number[name]
+        if number not in self._open:
+            sizes = {each: self._bytes(each) for each in self._files[number]}
+            header = self._header(self._files[number])
+            self._open[number] = _OpenFile(self._path(number), header, sizes)
+        return self._open[number]
+
+    def _finish(self, name: str, digest: Future | str) -> None:
+        """A tensor was written; close its file after the last one."""
+        self._digests[name] = digest
+        number = self._number[name]
+        if not all(each in self._digests for each in self._files[number]):
+            return
+        self._open.pop(number).close()
+        if self._resume and number == len(self._whole):
+            hashes = self.hashes
+            self._whole.append({each: hashes[each] for each in self._files[number]})
+            journal = {"of": self._resume, "files": self._whole}
+            write_text_atomically(self._folder / JOURNAL, json.dumps(journal))
 
     def _bytes(self, name: str) -> int:
         return torch.Size(self._shapes[name]).numel() * self._dtype.itemsize
@@ -181,30 +201,77 @@ class TensorStream:
         return {n: d if isinstance(d, str) else d.result() for n, d in self._digests.items()}
 
     def finish(self) -> None:
-        """Complete the last file, and write the index."""
-        self._close()
-        place = {
-            name: self._file_name(index)
-            for index, names in enumerate(self._files)
-            for name in names
-        }
+        """Write the index, when all tensors are written."""
+        self._check_whole()
+        place = {name: self._path(number).name for name, number in self._number.items()}
         (self._folder / JOURNAL).unlink(missing_ok=True)
         write_json(self._folder / INDEX, {"metadata": {}, "weight_map": place})
 
     def read_back(self, name: str) -> Tensor:
         """A tensor as it was written; after the last was."""
-        self._close()
-        (number,) = (i for i, names in enumerate(self._files) if name in names)
+        self._check_whole()
         # "pt" is the package's own name for torch.
-        with safe_open(str(self._folder / self._file_name(number)), framework="pt") as file:
+        with safe_open(str(self._path(self._number[name])), framework="pt") as file:
             return file.get_tensor(name)
 
-    def _close(self) -> None:
-        assert next(self._queue, None) is None, "tensors are missing"
-        self._hasher.shutdown()
+    def _check_whole(self) -> None:
+        assert len(self._digests) == len(self._shapes), "tensors are missing"
 
-    def _file_name(self, index: int) -> str:
-        return f"model-{index + 1:05d}-of-{len(self._files):05d}.safetensors"
+    def close(self) -> None:
+        """Let go of files and threads, also where tensors are missing."""
+        self._hasher.shutdown(cancel_futures=True)
+        for file in self._open.values():
+            file.release()
+        self._open.clear()
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"model-{index + 1:05d}-of-{len(self._files):05d}.safetensors"
+
+
+class _OpenFile:
+    """A safetensors file whose tensors are written in any order."""
+
+    def __init__(self, path: Path, header: bytes, sizes: Mapping[str, int]) -> None:
+        """Write the header; `sizes` of the tensors in bytes, in order."""
+        self._path, self._places, end = path, dict[str, int](), len(header)
+        for name, size in sizes.items():
+            self._places[name] = end
+            end += size
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._write(0, memoryview(header))
+
+    def write(self, name: str, offset: int, piece: memoryview) -> None:
+        """Write bytes of a tensor from `offset` on."""
+        try:
+            self._write(self._places[name] + offset, piece)
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                # It lies in a mapped file that was cut off: reading it here says of which
+                # (config/faults.py).
+                bytes(piece)
+            raise
+
+    def _write(self, place: int, piece: memoryview) -> None:
+        with writing(self._path):
+            while piece:
+                done = os.pwrite(self._file, piece, place)
+                place, piece = place + done, piece[done:]
+
+    def copy(self, name: str, source: int, stored: Stored) -> bool:
+        """Copy a tensor within the kernel; whether the other file had so much."""
+        with writing(self._path):
+            os.lseek(self._file, self._places[name], os.SEEK_SET)
+            return _copy_range(source, stored.offset, self._file, stored.size)
+
+    def close(self) -> None:
+        """Have it on the disk."""
+        with writing(self._path):
+            os.fsync(self._file)
+        self.release()
+
+    def release(self) -> None:
+        """Close it as it is."""
+        os.close(self._file)
 
 
 def _sha256_of(values: Any) -> str:
@@ -218,22 +285,6 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy().reshape(-1))
-
-
-def _append(file: Any, piece: memoryview) -> None:
-    try:
-        file.write(piece)
-    except OSError as error:
-        if error.errno == errno.EFAULT:
-            # It lies in a mapped file that was cut off: reading it here says of which
-            # (config/faults.py).
-            bytes(piece)
-        raise
-
-
-def _pieces(data: memoryview) -> Iterator[memoryview]:
-    for start in range(0, len(data), _PIECE_BYTES):
-        yield data[start : start + _PIECE_BYTES]
 
 
 def _copy_range(source: int, offset: int, target: int, size: int) -> bool:

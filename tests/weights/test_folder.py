@@ -134,20 +134,21 @@ def test_leftovers_of_a_killed_writer_do_not_matter(source: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("number", "shape", "message"),
+    ("times", "shape", "message"),
     [
-        (1, SHAPES[NAMES[1]], "where embedding.tokens.weight was planned"),
-        (0, (3,), "embedding.tokens.weight: shape"),
-        (0, SHAPES[NAMES[0]], "tensors are missing"),
+        (2, SHAPES[NAMES[0]], "embedding.tokens.weight was written before"),
+        (1, (3,), "embedding.tokens.weight: shape"),
+        (1, SHAPES[NAMES[0]], "tensors are missing"),
     ],
-    ids=["order", "shape", "missing"],
+    ids=["twice", "shape", "missing"],
 )
 def test_writer_keeps_to_its_plan(
-    number: int, shape: tuple[int, ...], message: str, source: Path, tmp_path: Path
+    times: int, shape: tuple[int, ...], message: str, source: Path, tmp_path: Path
 ) -> None:
     def write() -> None:
         with writer(tmp_path / "model", source, torch.float32) as out:
-            out.write(NAMES[number], torch.zeros(shape))
+            for _ in range(times):
+                out.write(NAMES[0], torch.zeros(shape))
             out.finish({})
 
     with pytest.raises(AssertionError, match=message):

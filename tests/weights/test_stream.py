@@ -44,7 +44,7 @@ def test_blocks_and_copies_make_the_same_files(tmp_path: Path) -> None:
 
     parts = stream(tmp_path / "parts", given)
     source = tmp_path / "whole" / "model-00002-of-00002.safetensors"
-    parts.write_blocks("a", given["a"].split(9_999))
+    parts.write_together({"a": given["a"].split(9_999)})
     for name in ("b", "c"):
         start, stop = read_header(source)[name]
         hashed = whole.hashes[name]
@@ -54,6 +54,35 @@ def test_blocks_and_copies_make_the_same_files(tmp_path: Path) -> None:
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     with safe_open(str(source), framework="pt") as opened:
         assert torch.equal(opened.get_tensor("c"), given["c"])
+
+
+@pytest.mark.parametrize("rows", [40_000, 70_001])
+def test_many_side_by_side_and_in_any_order(rows: int, tmp_path: Path) -> None:
+    """Of several files, in several pieces, whose rows are no multiple of a hash's block."""
+    generator = torch.Generator().manual_seed(0)
+    given = {str(n): torch.randn(rows, 33, generator=generator).bfloat16() for n in range(9)}
+    whole = stream(tmp_path / "whole", given)
+    for name, tensor in given.items():
+        whole.write(name, tensor)
+    whole.finish()
+    parts = stream(tmp_path / "parts", given)
+    last = given.pop("8")
+    parts.write_together({"8": last.split(rows)})
+    parts.write_together({name: tensor.split(9_999) for name, tensor in reversed(given.items())})
+    parts.finish()
+    assert parts.hashes == whole.hashes
+    assert len(files(tmp_path / "whole")) > 5
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [(4, "b: 2 bytes are left"), (6, "b: more than 10 bytes|are left")]
+)
+def test_rows_that_are_not_as_planned(rows: int, message: str, tmp_path: Path) -> None:
+    given = {"b": tensors()["b"]}
+    parts = stream(tmp_path / "parts", given)
+    with pytest.raises(AssertionError, match=message):
+        parts.write_together({"b": torch.ones(rows).bfloat16().split(2)})
 
 
 def test_a_source_that_ends_early_is_an_error(tmp_path: Path) -> None:

@@ -3,15 +3,8 @@
 
 #include <cstdint>
 
+#include "jam/for_each_cpu.h"
 #include "jam/logits.h"
-
-// One compiled function for each of these instruction sets; the loader takes the best there is.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define JAM_FOR_EACH_CPU \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define JAM_FOR_EACH_CPU
-#endif
 
 namespace jam {
 
@@ -21,14 +14,16 @@ inline uint32_t bits_from_float(float value) {
   return bits;
 }
 
-// To the nearest, of two the even one; a NaN stays one.
-inline BFloat16 to_bfloat16(float value) {
+// The high half of what this gives is a bfloat16: the nearest, of two the even one. A NaN stays
+// one, as those that come of bfloat16s have a low half of zeros, which carries nothing into the
+// high one.
+inline uint32_t rounded_to_high_half(float value) {
   const uint32_t bits = bits_from_float(value);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return {static_cast<uint16_t>(value == value ? rounded : 0x7FC0u)};
+  return bits + 0x7FFFu + ((bits >> 16) & 1u);
 }
 
-// The same. Every case is computed and one of them taken, so that compilers make vectors of it.
+// The nearest, of two the even one. Every case is computed and one of them taken, so that compilers
+// make vectors of it.
 inline Float16 to_float16(float value) {
   const uint32_t bits = bits_from_float(value), magnitude = bits & 0x7FFFFFFFu;
   const uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
@@ -40,20 +35,52 @@ inline Float16 to_float16(float value) {
   return {static_cast<uint16_t>(half | (bits >> 16 & 0x8000u))};
 }
 
-inline void round_to(float value, BFloat16& out) { out = to_bfloat16(value); }
-inline void round_to(float value, Float16& out) { out = to_float16(value); }
+constexpr int64_t kAhead = 2048;
+// Numbers between what is computed and what is asked for from memory: over a page, as the hardware
+// does not look beyond one by itself.
 
-template <typename Half>
-inline __attribute__((always_inline)) void average_halves(const Half* a, const Half* b, Half* out,
-                                                          int64_t size, float of_a, float of_b) {
+// Two numbers at a time, as halves of 32 bits: no vector is widened or narrowed.
+inline JAM_ALWAYS_INLINE void average_pairs(const BFloat16* a, const BFloat16* b, BFloat16* out,
+                                            int64_t pairs, float of_a, float of_b) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    uint32_t x, y;
+    memcpy(&x, a + 2 * i, sizeof(x));
+    memcpy(&y, b + 2 * i, sizeof(y));
+    const uint32_t low =
+        rounded_to_high_half(float_from_bits(x << 16) * of_a + float_from_bits(y << 16) * of_b);
+    const uint32_t high = rounded_to_high_half(float_from_bits(x & 0xFFFF0000u) * of_a +
+                                               float_from_bits(y & 0xFFFF0000u) * of_b);
+    const uint32_t both = (low >> 16) | (high & 0xFFFF0000u);
+    memcpy(out + 2 * i, &both, sizeof(both));
+  }
+}
+
+inline JAM_ALWAYS_INLINE void average_halves(const BFloat16* a, const BFloat16* b, BFloat16* out,
+                                             int64_t size, float of_a, float of_b) {
+  constexpr int64_t kPiece = 256, kLine = 32;
+  int64_t done = 0;
+  for (; done + kPiece <= size; done += kPiece) {
+    for (int64_t i = done + kAhead; i < done + kAhead + kPiece; i += kLine) {
+      __builtin_prefetch(a + i);
+      __builtin_prefetch(b + i);
+    }
+    average_pairs(a + done, b + done, out + done, kPiece / 2, of_a, of_b);
+  }
+  average_pairs(a + done, b + done, out + done, (size - done) / 2, of_a, of_b);
+  if (size % 2)
+    out[size - 1].bits = static_cast<uint16_t>(
+        rounded_to_high_half(to_float(a[size - 1]) * of_a + to_float(b[size - 1]) * of_b) >> 16);
+}
+
+inline JAM_ALWAYS_INLINE void average_halves(const Float16* a, const Float16* b, Float16* out,
+                                             int64_t size, float of_a, float of_b) {
   for (int64_t i = 0; i < size; ++i)
-    round_to(to_float(a[i]) * of_a + to_float(b[i]) * of_b, out[i]);
+    out[i] = to_float16(to_float(a[i]) * of_a + to_float(b[i]) * of_b);
 }
 
 template <typename Value>
-inline __attribute__((always_inline)) void average_wholes(const Value* a, const Value* b,
-                                                          Value* out, int64_t size, double of_a,
-                                                          double of_b) {
+inline JAM_ALWAYS_INLINE void average_wholes(const Value* a, const Value* b, Value* out,
+                                             int64_t size, double of_a, double of_b) {
   for (int64_t i = 0; i < size; ++i)
     out[i] =
         static_cast<Value>(static_cast<double>(a[i]) * of_a + static_cast<double>(b[i]) * of_b);
