@@ -6,7 +6,7 @@ from typing import Any
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import MAIN, TowerConfig
-from megatron_jam.fusion.vocabulary import tokens_of
+from megatron_jam.fusion.vocabulary import kind_of, tokens_of
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import check_tensors
@@ -77,7 +77,7 @@ def _of_vocabularies(text: WeightsFolder, image: WeightsFolder) -> list[Differen
         for folder, tokenizer in zip((text, image), tokenizers, strict=True)
     ]
     values = [f"{folder.vocabulary.size:,} ids" for folder in (text, image)]
-    shared = sum(token.kind != "unnamed" for token in known[0] & known[1])
+    shared = sum(kind_of(token) != "unnamed" for token in known[0] & known[1])
     remedy = f"{shared:,} tokens in common; rows go by token"
     if not same_text:
         remedy += "; texts are cut by the child's tokenizer, not as the other parent knew them"

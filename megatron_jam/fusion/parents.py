@@ -9,7 +9,7 @@ from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.fusion.blocks import Blocks, held, parents_own
 from megatron_jam.fusion.positions import fitted_positions
-from megatron_jam.fusion.vocabulary import VocabularyPlan
+from megatron_jam.fusion.vocabulary import VocabularyPlan, shown
 from megatron_jam.models.parameters import OUTPUT, POSITIONS, TOKENS
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.initial import drawn_row
@@ -65,7 +65,7 @@ class Parents:
             chosen = places[start:stop]
             found = table[chosen.clamp(min=0)]
             for i in torch.nonzero(chosen < 0).flatten().tolist():
-                token = f"{name}|{tokens[start + i]}"
+                token = f"{name}|{shown(tokens[start + i])}"
                 found[i] = drawn_row(token, width, std, seed=self.recipe.seed)
             return found
 

@@ -5,9 +5,10 @@ role), never by their id: parents may differ in size and order. Rows of padding 
 id ever takes one.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,35 +24,35 @@ BOTH, DRAWN = "both", "drawn"
 """What an id may take besides TEXT and IMAGE: both parents' rows, or one drawn by its name."""
 
 
-class Token(NamedTuple):
-    """What an id stands for, whatever its number."""
-
-    kind: str
-    """text, special, image, sentinel, or unnamed."""
-
-    value: str | int
-    """A string, a role, a code, an index, or the id itself."""
-
-    def __str__(self) -> str:
-        if self.kind == "text":
-            return repr(self.value)[1:-1]
-        if self.kind == "special":
-            return f"<{str(self.value).rstrip('_')}>"
-        return f"<{self.kind}:{self.value}>"
+KINDS = ("text", "special", "image", "sentinel", "unnamed")
+"""What an id can stand for. A token is a kind, a space, and a string, a role, a code, an index or
+the id: one string, as Python's garbage collector looks at anything else again and again."""
 
 
-def tokens_of(vocabulary: JointVocabulary, tokenizer: TextTokenizer) -> list[Token]:
-    """What each id stands for."""
-    tokens = [Token("unnamed", i) for i in range(vocabulary.size)]
+def kind_of(token: str) -> str:
+    """One of KINDS."""
+    return token.partition(" ")[0]
+
+
+def shown(token: str) -> str:
+    """A token for a reader, on one line."""
+    kind, _, value = token.partition(" ")
+    if kind == "text":
+        return repr(value)[1:-1]
+    return f"<{value.rstrip('_')}>" if kind == "special" else f"<{kind}:{value}>"
+
+
+def tokens_of(vocabulary: JointVocabulary, tokenizer: TextTokenizer) -> list[str]:
+    """What each id stands for, whatever its number."""
+    tokens = [""] * vocabulary.size
     for string, number in tokenizer.tokens().items():
         if number < vocabulary.text.size:
-            tokens[vocabulary.text.start + number] = Token("text", string)
+            tokens[vocabulary.text.start + number] = f"text {string}"
     for kind, ids in (("image", vocabulary.image), ("sentinel", vocabulary.sentinels)):
-        for index in range(ids.size):
-            tokens[ids.start + index] = Token(kind, index)
+        tokens[ids.start : ids.stop] = [f"{kind} {index}" for index in range(ids.size)]
     for role, number in vocabulary.singles.items():
-        tokens[number] = Token("special", role)
-    return tokens
+        tokens[number] = f"special {role}"
+    return [token or f"unnamed {i}" for i, token in enumerate(tokens)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class VocabularyPlan:
     vocabulary: JointVocabulary
     """The child's ids."""
 
-    tokens: list[Token]
+    tokens: list[str]
     """What each stands for."""
 
     rows: dict[str, NDArray[np.int64]]
@@ -95,7 +96,7 @@ class VocabularyPlan:
                 rows[name] = np.arange(vocabulary.size)
                 continue
             known = {t: i for i, t in enumerate(tokens_of(parent.vocabulary, own))}
-            places = [-1 if t.kind == "unnamed" else known.get(t, -1) for t in tokens]
+            places = [-1 if kind_of(t) == "unnamed" else known.get(t, -1) for t in tokens]
             rows[name] = np.array(places, dtype=np.int64)
         has = {name: places >= 0 for name, places in rows.items()}
         prefers = np.zeros(vocabulary.size, dtype=np.bool_)
@@ -115,20 +116,22 @@ class VocabularyPlan:
 
     def as_tsv(self) -> str:
         """The plan as text: a line for each id."""
-        lines = ["id\ttoken\ttakes\trow of text\trow of image"]
-        for i, (token, takes) in enumerate(zip(self.tokens, self.takes, strict=True)):
-            lines.append(f"{i}\t{token}\t{takes}\t{self.rows[TEXT][i]}\t{self.rows[IMAGE][i]}")
-        return "\n".join(lines) + "\n"
+        columns = (self.tokens, self.takes, *(self.rows[name].tolist() for name in (TEXT, IMAGE)))
+        lines = [
+            f"{i}\t{shown(token)}\t{takes}\t{text}\t{image}"
+            for i, (token, takes, text, image) in enumerate(zip(*columns, strict=True))
+        ]
+        return "\n".join(["id\ttoken\ttakes\trow of text\trow of image", *lines]) + "\n"
 
     def summary(self) -> list[str]:
         """A line for each kind of token: how many ids take whose rows."""
         lines = []
-        for kind in ("text", "special", "image", "sentinel", "unnamed"):
-            taken = [t for k, t in zip(self.tokens, self.takes, strict=True) if k.kind == kind]
-            counts = [(each, taken.count(each)) for each in (TEXT, IMAGE, BOTH, DRAWN)]
-            told = ", ".join(f"{_WHOSE[each]} {count:,}" for each, count in counts if count)
+        counts = Counter(zip(map(kind_of, self.tokens), self.takes, strict=True))
+        for kind in KINDS:
+            taken = {each: counts[kind, each] for each in _WHOSE if counts[kind, each]}
+            told = ", ".join(f"{_WHOSE[each]} {count:,}" for each, count in taken.items())
             if taken:
-                lines.append(f"{kind} ids {len(taken):,}: {told}")
+                lines.append(f"{kind} ids {sum(taken.values()):,}: {told}")
         return lines
 
 
