@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.data import DataSetConfig
@@ -19,6 +19,7 @@ from megatron_jam.evaluation.sources import (
 )
 from megatron_jam.parallel.device import DTYPES
 from megatron_jam.parallel.world import start_world, stop_world
+from megatron_jam.training.losses import Losses
 from megatron_jam.training.metrics import perplexity_of
 from megatron_jam.weights.folder import WeightsFolder
 
@@ -72,18 +73,20 @@ def main(
                 isolate_documents=isolate_documents,
                 dtype=DTYPES[precision],
             )
-            for name, losses in measured.items():
-                perplexity = {k: perplexity_of(v) for k, v in losses.by_modality().items()}
-                perplexity["all"] = perplexity_of(losses.mean)
-                tokens = losses.tokens()
-                results.append(
-                    {"weights": str(path), "set": name, "perplexity": perplexity, "tokens": tokens}
-                )
-                figures = ", ".join(f"{k} {v:.2f}" for k, v in perplexity.items())
-                logger.info("%s | %s | perplexity %s", path, name, figures)
+            results += [_result(path, *each) for each in measured.items()]
     if output is not None and world.rank == 0:
         write_text_atomically(output, json.dumps(results, indent=2) + "\n")
     stop_world()
+
+
+def _result(path: Path, name: str, losses: Losses) -> dict[str, Any]:
+    """What is printed and saved of a set."""
+    perplexity = {kind: perplexity_of(nats) for kind, nats in losses.by_modality().items()}
+    perplexity["all"] = perplexity_of(losses.mean)
+    figures = ", ".join(f"{kind} {value:.2f}" for kind, value in perplexity.items())
+    logger.info("%s | %s | perplexity %s", path, name, figures)
+    tokens = losses.tokens()
+    return {"weights": str(path), "set": name, "perplexity": perplexity, "tokens": tokens}
 
 
 if __name__ == "__main__":

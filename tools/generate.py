@@ -44,8 +44,7 @@ def main(
         batch_size: documents written at once.
         precision: of weights and activations.
         title: the page's title.
-        parallel: `torchrun --nproc_per_node N` this tool with --parallel.tensor N; the other
-            degrees stay 1.
+        parallel: layout, under torchrun: parallel.tensor x parallel.pipeline ranks.
     """
     asked = {
         "question": (questions or []) + _lines(questions_file),
@@ -58,7 +57,8 @@ def main(
     try:
         if world.data.size > 1:
             raise UsageError(
-                f"{world.size} ranks were started: set parallel.tensor to {world.size}"
+                f"{world.size} ranks were started, more than parallel.tensor x parallel.pipeline;"
+                f" set parallel.tensor to {world.size}"
             )
         illustrator = Illustrator(folder, images, world, dtype=DTYPES[precision])
         documents = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_jam.config.cli import run_command
+from megatron_jam.config.deepspeed import DeepSpeedConfig, check_deepspeed
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import read_json, read_settings
 from megatron_jam.config.model import ModelConfig
@@ -27,6 +28,8 @@ NOTES = """
 bridges: each way counts; parameters: of the stage, a tied table where it is first used
 compute: the stage's share of the FLOPs; in flight: forward passes that wait for their backward
 bytes: on each rank of the stage, as a CPU would hold them; bf16 attention takes less on a GPU"""
+ZERO_NOTE = """besides: layers that stage 3 has gathered, buckets of gradients on their way; and,
+for a moment at the start, the weights whole"""
 
 
 def main(
@@ -41,6 +44,8 @@ def main(
     precision: Literal["fp32", "bf16"] = "fp32",
     recompute: Literal["none", "selective", "full"] = "none",
     freeze: list[str] | None = None,
+    engine: Literal["megatron", "deepspeed"] = "megatron",
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig(),
     json: bool = False,
 ) -> None:
     """Print a model's exact number of parameters and what a rank of each pipeline stage holds.
@@ -58,37 +63,47 @@ def main(
         precision: of weights and activations.
         recompute: whose activations the total counts.
         freeze: towers (image, text) whose parent's weights have no gradients.
+        engine: what splits gradients and optimizer; deepspeed takes replicas alone.
+        deepspeed: what ZeRO shares out, and whether the host has the optimizer.
         json: print one JSON object, in bytes, in place of the table.
     """
-    for name, value in (("replicas", replicas), ("micro_batch_size", micro_batch_size)):
-        if value < 1:
-            raise UsageError(f"{name} is {value}; it must be at least 1")
     model = read_model(config, vocab_size)
-    frozen = freeze or []
-    if not set(frozen) <= set(model.tower_names if model.is_pair else ()):
-        raise UsageError(f"freeze is {frozen}; it may hold towers image and text of a pair")
-    length = context_length or model.max_positions
-    if not 1 <= length <= model.max_positions:
-        raise UsageError(f"context_length is {length}; max_positions is {model.max_positions}")
-    at_once = micro_batch_size * replicas
-    samples = global_batch_size or 2 * parallel.pipeline * at_once
-    if samples < 1 or samples % at_once:
-        raise UsageError(
-            f"global_batch_size {samples} is not a multiple of micro_batch_size"
-            f" {micro_batch_size} x {replicas} replicas"
-        )
+    if engine == "deepspeed":
+        check_deepspeed(parallel, "torch")
     settings = {
         "parallel": dataclasses.asdict(parallel),
         "replicas": replicas,
         "micro_batch_size": micro_batch_size,
-        "global_batch_size": samples,
-        "context_length": length,
+        "global_batch_size": global_batch_size
+        or 2 * parallel.pipeline * micro_batch_size * replicas,
+        "context_length": context_length or model.max_positions,
         "precision": precision,
         "recompute": recompute,
-        "freeze": frozen,
+        "freeze": freeze or [],
+        "deepspeed": dataclasses.asdict(deepspeed) if engine == "deepspeed" else None,
     }
+    check_settings(model, settings)
     layout = describe(model, parallel, settings)
     sys.stdout.write((dumps(layout, indent=2) if json else as_text(layout)) + "\n")
+
+
+def check_settings(model: ModelConfig, settings: dict[str, Any]) -> None:
+    """Raise UsageError unless sizes and `freeze` are such as the model can have."""
+    for name in ("replicas", "micro_batch_size"):
+        if settings[name] < 1:
+            raise UsageError(f"{name} is {settings[name]}; it must be at least 1")
+    frozen, length = settings["freeze"], settings["context_length"]
+    if not set(frozen) <= set(model.tower_names if model.is_pair else ()):
+        raise UsageError(f"freeze is {frozen}; it may hold towers image and text of a pair")
+    if not 1 <= length <= model.max_positions:
+        raise UsageError(f"context_length is {length}; max_positions is {model.max_positions}")
+    size, replicas = settings["micro_batch_size"], settings["replicas"]
+    samples = settings["global_batch_size"]
+    if samples < 1 or samples % (size * replicas):
+        raise UsageError(
+            f"global_batch_size {samples} is not a multiple of micro_batch_size {size} x {replicas}"
+            " replicas"
+        )
 
 
 def describe(
@@ -106,6 +121,7 @@ def describe(
         context_length=length,
         precision=settings["precision"],
         frozen=settings["freeze"],
+        zero=DeepSpeedConfig(**settings["deepspeed"]) if settings["deepspeed"] else None,
     )
     counted = {"context_length": length, "frozen": settings["freeze"]}
     whole = model_flops(model, **counted)
@@ -161,6 +177,7 @@ def as_text(layout: dict[str, Any]) -> str:
             *("  ".join(map(str.rjust, row, widths)) for row in rows),
             NOTES,
             f"total: all of these, with the activations of recompute {layout['recompute']}",
+            *([ZERO_NOTE] if layout["deepspeed"] else []),
         ]
     )
 
@@ -172,6 +189,10 @@ def _degrees(layout: dict[str, Any]) -> str:
     text += f" x DP {layout['replicas']}"
     if parallel["interleave"] > 1:
         text += f", {parallel['interleave']} chunks of layers a stage"
+    zero = layout["deepspeed"]
+    if zero:
+        text += f", ZeRO-{zero['stage']}"
+        text += ", optimizer on the host" if zero["offload_optimizer"] else ""
     return text + (", sequence parallel" if parallel["sequence"] else "")
 
 

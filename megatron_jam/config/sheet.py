@@ -8,8 +8,7 @@ from megatron_jam.config.generation import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SheetConfig:
-    """What is drawn; nothing without captions. It needs a whole model on the tensor-parallel ranks:
-    parallel.pipeline 1, and not parallel.sequence."""
+    """What is drawn; nothing without captions."""
 
     captions: list[str] = field(default_factory=list)
     """One picture each, always with the same random numbers, so that sheets differ by the weights

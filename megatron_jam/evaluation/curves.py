@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import publish, temporary_name, write_text_atomically
-from megatron_jam.training.metrics import AVERAGE, METRICS, duration, read_metrics
+from megatron_jam.training.metrics import AVERAGE, METRICS, duration, read_metrics, stated
 
 COLORS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
 FEW = 50
@@ -220,19 +220,20 @@ def summary(run: Curves) -> dict[str, str]:
     """A run's last and middle figures, to read."""
     last = run.train[-1]
     speeds = sorted(run.of("tokens_per_second_per_rank")[1])
+    kinds = _pairs(last.get("loss_by_modality", {}), ".3f")
+    parts = _pairs(last.get("grad_norm_by_part", {}), ".3g")
     found = {
         "steps": f"{last['step']:,}",
-        "loss": f"{last['loss']:.4f} ({_pairs(last.get('loss_by_modality', {}), '.3f')})",
-        "gradient": f"{last['grad_norm']:.3g} ({_pairs(last.get('grad_norm_by_part', {}), '.3g')})",
+        "loss": f"{stated(last['loss'], '.4f')} ({kinds})",
+        "gradient": f"{stated(last['grad_norm'], '.3g')} ({parts})",
     }
     if "tokens" in last:
         found["tokens"] = f"{last['tokens']:,}"
     if speeds:
         found["median speed"] = f"{speeds[len(speeds) // 2]:,.0f} tokens/s and rank"
-        mfu = "n/a" if last["mfu"] is None else f"{last['mfu']:.1%}"
         found["last step's speed"] = (
             f"{last['tflops']:.3g} TFLOP/s a rank ({last['tflops_full']:.3g} with whole score"
-            f" matrices), MFU {mfu}"
+            f" matrices), MFU {stated(last['mfu'], '.1%')}"
         )
         found["peak memory of a rank"] = f"{last['peak_memory_bytes'] / 1e9:.2f} GB"
         found["time left at the end of the log"] = duration(last["seconds_left"])

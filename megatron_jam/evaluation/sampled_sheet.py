@@ -5,14 +5,17 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import publish, temporary_name
 from megatron_jam.config.log import logger
 from megatron_jam.config.run import RunConfig
+from megatron_jam.data.loader import image_tokenizer_of
 from megatron_jam.generation.decoder import Decoder
+from megatron_jam.generation.documents import check_image_tokenizer
+from megatron_jam.generation.stages import Stages
 from megatron_jam.tokenizers.document import image_prompt, split_document
 from megatron_jam.tokenizers.image import image_from_pixels
 from megatron_jam.tokenizers.image_folder import load_image_tokenizer
@@ -29,73 +32,55 @@ class SampledSheet(Callback):
     """Draws a picture for each of `sheet.captions`, always with the same random numbers."""
 
     def __init__(self, config: RunConfig, *, writes: bool) -> None:
-        """Draw for a run of `config`; one rank writes.
-
-        Raises:
-            UsageError: the layout cannot generate.
-        """
+        """Draw for a run of `config`; one rank writes."""
         self._config, self._writes = config, writes
         self._training: Training | None = None
-        parallel = config.parallel
-        if config.sheet.captions and (
-            parallel.pipeline > 1 or parallel.sequence or config.engine != "megatron"
-        ):
-            raise UsageError(
-                "sheet.captions need parallel.pipeline 1, no parallel.sequence and engine megatron;"
-                " leave them out, and draw from a checkpoint with tools/export_weights.py and"
-                " tools/generate.py"
-            )
 
     def begins(self, training: Training, first: int) -> None:
-        """Load the tokenizers."""
+        """Load the tokenizers.
+
+        Raises:
+            UsageError: the image tokenizer, the captions and the model do not go together.
+        """
         sheet = self._config.sheet
         if not sheet.captions:
             return
         self._training, folder = training, training.folder
-        self._images = load_image_tokenizer(sheet.image_tokenizer).to(training.world.device)
-        if self._images.num_codes != folder.vocabulary.image.size:
-            raise UsageError(
-                f"sheet.image_tokenizer has {self._images.num_codes} codes, the vocabulary"
-                f" {folder.vocabulary.image.size}; give the one of the training pictures"
-            )
+        images = load_image_tokenizer(sheet.image_tokenizer)
+        trained = image_tokenizer_of(self._config.data) or folder.image_tokenizer_sha256
+        check_image_tokenizer(images, folder, trained)
+        self._images = images.to(training.world.device) if self._writes else images
         text = TextTokenizer.load(folder.tokenizer_path)
         self._prompts = [
             image_prompt(folder.vocabulary, text.encode(each.rstrip())) for each in sheet.captions
         ]
-        (model,) = training.chunks
+        chunks, calls, world = training.engine.for_decoding()
         self._decoder = Decoder(
-            model,
-            training.world,
+            Stages(chunks, world, calls),
+            world,
             folder.vocabulary,
-            tokens_per_image=self._images.tokens_per_image,
+            tokens_per_image=images.tokens_per_image,
         )
 
     def validated(self, step: int, measured: Mapping[str, Losses]) -> None:
         """Draw the sheet; all ranks take part."""
         if self._training is None:
             return
-        (model,) = self._training.chunks
-        model.eval()
         # A caption's picture alone: one that has begun is always finished.
         settings = dataclasses.replace(self._config.sheet.sampling, max_new_tokens=1)
         poll = partial(self._training.poll, "drawing")
         written = self._decoder.generate(self._prompts, settings, poll=poll)
-        vocabulary = self._training.folder.vocabulary
+        if not self._writes:
+            return
+        vocabulary, device = self._training.folder.vocabulary, self._training.world.device
         codes = [
             next(content for kind, content in split_document(vocabulary, each) if kind == "image")
             for each in written
         ]
-        with torch.no_grad():
-            device = self._training.world.device
-            pixels = self._images.decode(
-                torch.stack([torch.from_numpy(c) for c in codes]).to(device)
-            )
-        if self._writes:
-            path = self._config.output / "sheets" / f"step-{step:08d}.png"
-            save_sheet(
-                [image_from_pixels(each) for each in pixels], self._config.sheet.captions, path
-            )
-            logger.info("step %d | drew %d pictures: %s", step, len(codes), path)
+        pixels = self._images.decode(torch.from_numpy(np.stack(codes)).to(device))
+        path = self._config.output / "sheets" / f"step-{step:08d}.png"
+        save_sheet([image_from_pixels(each) for each in pixels], self._config.sheet.captions, path)
+        logger.info("step %d | drew %d pictures: %s", step, len(codes), path)
 
 
 def save_sheet(pictures: list[Image.Image], captions: list[str], path: Path) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.generation import SamplingConfig
 from megatron_jam.generation.row import Legal, Row, Rules, legal_table
+from megatron_jam.generation.stages import Stages
 from megatron_jam.generation.streams import Streams
-from megatron_jam.models.jam import JamModel
 from megatron_jam.models.parameters import padded_vocabulary
 from megatron_jam.ops.sharded_sampling import guided_sample_sharded
 from megatron_jam.parallel.world import World
@@ -29,19 +29,15 @@ class Decoder:
     """Writes behind prompts with one model."""
 
     def __init__(
-        self, model: JamModel, world: World, vocabulary: JointVocabulary, *, tokens_per_image: int
+        self, stages: Stages, world: World, vocabulary: JointVocabulary, *, tokens_per_image: int
     ) -> None:
-        """Take `model`, whole on these tensor-parallel ranks; it is put into evaluation mode.
+        """Take the model in `stages`, which replicas of `world` each have whole.
 
         Raises:
             UsageError: the layout, the vocabulary or max_positions does not serve.
         """
-        config, parallel = model.model_config, world.parallel
-        if parallel.pipeline > 1:
-            raise UsageError(
-                f"parallel.pipeline is {parallel.pipeline}; generation needs 1: use parallel.tensor"
-            )
-        if parallel.sequence:
+        config = stages.config
+        if world.parallel.sequence:
             raise UsageError("parallel.sequence is set; generation goes token by token: unset it")
         if vocabulary.size != config.vocab_size:
             raise UsageError(
@@ -54,8 +50,7 @@ class Decoder:
                 f"max_positions {config.max_positions} is too short for a picture of"
                 f" {tokens_per_image} codes, which takes {shortest}; use another image tokenizer"
             )
-        self._model = model.eval()
-        self._world, self._vocabulary = world, vocabulary
+        self._stages, self._world, self._vocabulary = stages, world, vocabulary
         self._tokens_per_image = tokens_per_image
         share = padded_vocabulary(vocabulary.size, world.tensor.size) // world.tensor.size
         legal = torch.zeros(len(Legal), share * world.tensor.size, dtype=torch.bool)
@@ -72,7 +67,7 @@ class Decoder:
         first_index: int = 0,
         poll: Callable[[], None] = lambda: None,
     ) -> list[Tokens]:
-        """Write behind each prompt; all tensor-parallel ranks call this and get the same.
+        """Write behind each prompt; all ranks of a replica call this and get the same.
 
         Args:
             prompts: joint ids int64 [n] each, of unlike lengths, as tokenizers/document.py lays
@@ -92,15 +87,14 @@ class Decoder:
         rules = Rules(
             vocabulary=self._vocabulary,
             tokens_per_image=self._tokens_per_image,
-            max_positions=self._model.model_config.max_positions,
+            max_positions=self._stages.config.max_positions,
             max_new_tokens=settings.max_new_tokens,
         )
         rows = [Row(rules, prompt, index=first_index + i) for i, prompt in enumerate(prompts)]
         if not rows:
             return []
-        streams = Streams(
-            self._model, self._world, rows, rules, guided=settings.guidance_scale != 1
-        )
+        self._stages.eval()
+        streams = Streams(self._stages, rows, rules, guided=settings.guidance_scale != 1)
         try:
             num_drawn = 0
             while not all(row.done for row in rows):

@@ -17,6 +17,7 @@ from megatron_jam.config.generation import SamplingConfig
 from megatron_jam.config.log import logger
 from megatron_jam.generation.decoder import Decoder
 from megatron_jam.generation.page import Card, Section, render_page
+from megatron_jam.generation.stages import Stages
 from megatron_jam.models.jam import JamModel
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.document import image_prompt, question_prompt, split_document
@@ -64,30 +65,22 @@ class Illustrator:
         Raises:
             UsageError: the weights, the image tokenizer and the layout do not go together.
         """
+        check_image_tokenizer(image_tokenizer, weights, weights.image_tokenizer_sha256)
         self._vocabulary = weights.vocabulary
-        if image_tokenizer.num_codes != self._vocabulary.image.size:
-            raise UsageError(
-                f"the image tokenizer has {image_tokenizer.num_codes} codes, the vocabulary of"
-                f" {weights.path} {self._vocabulary.image.size}; give the one it was trained with"
-            )
-        trained_with = weights.image_tokenizer_sha256
-        if trained_with and trained_with != image_tokenizer.sha256:
-            raise UsageError(
-                f"the image tokenizer ({image_tokenizer.sha256[:12]}) is not the one"
-                f" ({trained_with[:12]}) of the pictures that {weights.path} was trained on; give"
-                " that one"
-            )
         self._text = TextTokenizer.load(weights.tokenizer_path)
         self._images = image_tokenizer.to(world.device)
         self._device = world.device
-        model = JamModel(weights.config, world, dtype=dtype)
+        chunks = [
+            JamModel(weights.config, world, dtype=dtype, chunk=i)
+            for i in range(world.parallel.interleave)
+        ]
         self._decoder = Decoder(
-            model,
+            Stages(chunks, world),
             world,
             self._vocabulary,
             tokens_per_image=image_tokenizer.tokens_per_image,
         )
-        load_weights([model], weights, world)
+        load_weights(chunks, weights, world)
 
     def write(
         self,
@@ -146,6 +139,22 @@ class Illustrator:
             return self._text.decode(content.tolist()).strip()
         codes = torch.from_numpy(content)[None].to(self._device)
         return image_from_pixels(self._images.decode(codes)[0])
+
+
+def check_image_tokenizer(images: ImageTokenizer, weights: WeightsFolder, trained: str) -> None:
+    """Raise UsageError unless `images` can draw what a model of `weights` writes, whose training
+    pictures are of the image tokenizer with the sha256 `trained`, if that is known."""
+    codes = weights.vocabulary.image.size
+    if images.num_codes != codes:
+        raise UsageError(
+            f"the image tokenizer has {images.num_codes} codes, the vocabulary of {weights.path}"
+            f" {codes}; give the one it was trained with"
+        )
+    if trained and trained != images.sha256:
+        raise UsageError(
+            f"the image tokenizer ({images.sha256[:12]}) is not the one ({trained[:12]}) of the"
+            f" pictures that {weights.path} was trained on; give that one"
+        )
 
 
 def prompt_cards(documents: Sequence[Document]) -> list[Card]:

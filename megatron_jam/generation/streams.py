@@ -1,12 +1,11 @@
 """The model under a batch of rows: one key-value cache for documents and unconditional streams."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_jam.generation.row import Row, Rules
+from megatron_jam.generation.stages import Stages
 from megatron_jam.models.attention import KeyValueCache
-from megatron_jam.models.jam import JamModel
-from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.document import unconditional_prompt
 
 
@@ -19,20 +18,18 @@ class Streams:
     overwritten.
     """
 
-    def __init__(
-        self, model: JamModel, world: World, rows: list[Row], rules: Rules, *, guided: bool
-    ) -> None:
+    def __init__(self, stages: Stages, rows: list[Row], rules: Rules, *, guided: bool) -> None:
         """Fill the cache with all but the last token of each stream: that is what a step feeds."""
-        self._model, self._world, self._rows = model, world, rows
+        self._stages, self._rows = stages, rows
         self._guided = guided
         self._rest = len(unconditional_prompt(rules.vocabulary)) - 1
         longest = max(len(row.tokens) for row in rows) + rules.max_new_tokens
         longest += rules.tokens_per_image + 1  # a picture may begin with the last new token
         self.cache = KeyValueCache(
-            model,
+            nn.ModuleList(stages.chunks),
             rows=len(rows) * (2 if guided else 1),
             capacity=min(rules.max_positions, longest),
-            device=world.device,
+            device=stages.device,
         )
         try:
             self._prefill([row.tokens[:-1] for row in rows], first_row=0)
@@ -51,7 +48,7 @@ class Streams:
         for row, stream in zip(tokens, streams, strict=True):
             row[: len(stream)] = torch.tensor(stream, dtype=torch.int64)
         positions = self.cache.open(*tokens.shape, first_row=first_row)
-        self._model.run_layers(tokens.to(self._world.device), positions)
+        self._stages.fill(tokens, positions)
         self.cache.advance(lengths)
 
     def step(self) -> tuple[Tensor, Tensor | None]:
@@ -76,6 +73,6 @@ class Streams:
         """Logits [B, padded V / TP] after one token int64 [B] of each stream; those `going`
         advance."""
         positions = self.cache.open(len(tokens), 1)
-        logits = self._model(tokens[:, None].to(self._world.device), positions)[0]
+        logits = self._stages.logits(tokens[:, None], positions)
         self.cache.advance(going.long())
         return logits

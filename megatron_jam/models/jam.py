@@ -110,6 +110,7 @@ class JamModel(MegatronModule):
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         documents: Tensor | None = None,
+        with_head: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run this chunk.
 
@@ -120,6 +121,8 @@ class JamModel(MegatronModule):
             mask: float32 [B, S]; what each position's loss counts, with labels.
             documents: int64 [B, S]; with them a token attends to tokens of its own number alone, in
                 towers and bridges. `positions` are then counted within documents.
+            with_head: whether the last stage has its head, or returns states as all others do; so
+                a prompt fills a KeyValueCache.
 
         Returns:
             The states [S, B, sum of d] for the next stage. On the last stage the sum of the masked
@@ -128,7 +131,7 @@ class JamModel(MegatronModule):
             [S, B, padded V / TP].
         """
         states = self.run_layers(tokens, positions, documents)
-        if not self.post_process:
+        if not (self.post_process and with_head):
             joined = torch.cat(states, dim=-1) if len(states) > 1 else states[0]
             # The schedule goes backward through every stage, also through a frozen one.
             wanted = self.training and torch.is_grad_enabled() and not joined.requires_grad

@@ -72,8 +72,9 @@ class World:
         return dist.get_world_size()
 
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Give every pipeline stage the last stage's `tensor`, in place."""
+        """The last stage's `tensor`, on every pipeline stage; in place where that is possible."""
         if self.pipeline.size > 1:
+            tensor = tensor.contiguous()
             source = dist.get_global_rank(self.pipeline.group, self.pipeline.size - 1)
             dist.broadcast(tensor, source, group=self.pipeline.group)
         return tensor

@@ -1,7 +1,8 @@
 """Memory of each pipeline stage of a run: weights, gradients, optimizer and activations, in bytes.
 
 A plan, not a measurement: it knows no allocator's gaps, no buffers of communication libraries and
-no fused kernels, and its activations are those of the `torch` backend on a CPU.
+no fused kernels, and its activations are those of the `torch` backend on a CPU, without masks of
+dropout and of isolated documents.
 """
 
 import math

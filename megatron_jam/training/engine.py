@@ -1,12 +1,13 @@
 """What the loop asks of an engine, and Megatron's."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from megatron_jam.config.run import RunConfig
 from megatron_jam.models.jam import JamModel
+from megatron_jam.models.twin import decoding_twin
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.training.optimizer import (
@@ -18,6 +19,19 @@ from megatron_jam.training.optimizer import (
 from megatron_jam.training.state import sharded_state, take_state
 from megatron_jam.training.step import Batch, ForwardBackward, Judge, StepResult, train_step
 from megatron_jam.weights.load import whole_weights
+
+
+class Decodable(NamedTuple):
+    """A model that takes a token at a time, with a key-value cache."""
+
+    chunks: Sequence[JamModel]
+    """This rank's share, with torch's layers."""
+
+    calls: Sequence[Callable[..., Tensor]]
+    """What runs each chunk."""
+
+    world: World
+    """The ranks as these chunks see them."""
 
 
 class Engine(Protocol):
@@ -49,6 +63,10 @@ class Engine(Protocol):
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor | None]]:
         """Each whole weight by canonical name, in the order of the table, on rank 0."""
+        ...
+
+    def for_decoding(self) -> Decodable:
+        """The model as it is at any time, without copies, in a form that decodes."""
         ...
 
 
@@ -92,3 +110,8 @@ class MegatronEngine:
     def whole_weights(self) -> Iterator[tuple[str, Tensor | None]]:
         """See Engine."""
         return whole_weights(self.chunks, self._world)
+
+    def for_decoding(self) -> Decodable:
+        """See Engine."""
+        twin, world = decoding_twin(self.chunks, self._world)
+        return Decodable(twin, twin, world)

@@ -81,7 +81,9 @@ class Training:
             raise
         writes = world.rank == 0
         best = BestCheckpoint(self.config.output, writes=writes)
-        self._callbacks = [memory, Reporter(self.config, writes=writes), best, *callbacks]
+        # What others do after a validation comes first: a stop in its midst leaves the validation
+        # to the next start, which reports it then.
+        self._callbacks = [*callbacks, memory, Reporter(self.config, writes=writes), best]
         self._saver = Saver(
             self.checkpoints, self._callbacks, asynchronous=config.async_checkpoints
         )
@@ -293,9 +295,9 @@ class Training:
     def _measure(self) -> None:
         self.engine.finish_weights()
         measured = self._validate(self.engine.forward, partial(self.poll, "validation"))
-        self._measured = self._done
         for each in self._callbacks:
             each.validated(self._done, measured)
+        self._measured = self._done
 
     def poll(self, what: str) -> None:
         """In what takes long between two steps, now and then: it makes progress, and may have to

@@ -164,14 +164,17 @@ class Reporter(Callback):
         seconds, parts = self._window.means()
         reached = self._work.speed(self._tokens / seconds)
         names = [each.name for each in self._config.data.sets]
+        losses = result.losses
+        is_computed = bool(losses.tokens())
         values = {
-            "loss": result.losses.mean,
-            "loss_by_modality": result.losses.by_modality(),
-            "loss_by_set": result.losses.by_set(names),
-            "tokens_by_modality": result.losses.tokens(),
+            "loss": _finite(losses.mean) if is_computed else None,
+            "loss_by_modality": _all_finite(losses.by_modality()),
+            "loss_by_set": _all_finite(losses.by_set(names)),
+            "tokens_by_modality": losses.tokens(),
+            "skipped": result.skipped or None,
             "learning_rate": result.learning_rate,
-            "grad_norm": result.grad_norm,
-            "grad_norm_by_part": dict(result.part_norms),
+            "grad_norm": _finite(result.grad_norm) if is_computed else None,
+            "grad_norm_by_part": _all_finite(result.part_norms),
             "seconds_per_step": seconds,
             "seconds": parts,
             "tokens": step * self._tokens,
@@ -233,17 +236,17 @@ def describe_step(step: int, steps: int, values: Mapping[str, Any]) -> str:
     sets = values["loss_by_set"]
     norms = _pairs(values["grad_norm_by_part"], ".2f")
     times = _pairs({k: 1e3 * v for k, v in values["seconds"].items()}, ".0f")
-    mfu = "n/a" if values["mfu"] is None else f"{values['mfu']:.1%}"
     parts = [
-        f"step {step}/{steps}",
-        f"loss {values['loss']:.4f} ({kinds})",
+        f"step {step}/{steps}" + (f", skipped: {values['skipped']}" if values["skipped"] else ""),
+        f"loss {stated(values['loss'], '.4f')} ({kinds})",
         *([_pairs(sets, ".3f")] if len(sets) > 1 else []),
         f"lr {values['learning_rate']:.2e}",
-        f"grad {values['grad_norm']:.2f} ({norms})",
+        f"grad {stated(values['grad_norm'], '.2f')} ({norms})",
         f"{1e3 * values['seconds_per_step']:.0f} ms ({times})",
         f"{values['tokens_per_second']:,.0f} tokens/s,"
         f" {values['tokens_per_second_per_rank']:,.0f} a rank",
-        f"{values['tflops']:.3g} TFLOP/s a rank ({values['tflops_full']:.3g} full), MFU {mfu}",
+        f"{values['tflops']:.3g} TFLOP/s a rank ({values['tflops_full']:.3g} full),"
+        f" MFU {stated(values['mfu'], '.1%')}",
         f"memory {values['peak_memory_bytes'] / 1e9:.2f} GB",
         f"left {duration(values['seconds_left'])}",
     ]
@@ -255,6 +258,11 @@ def perplexity_of(nats: float) -> float:
     return math.exp(min(nats, 700.0))
 
 
+def stated(value: float | None, form: str) -> str:
+    """A figure in a format, or that there is none."""
+    return "n/a" if value is None else format(value, form)
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds, as h:mm:ss or m:ss."""
     minutes, rest = divmod(int(seconds), 60)
@@ -264,3 +272,12 @@ def duration(seconds: float) -> str:
 
 def _pairs(values: Mapping[str, float], form: str) -> str:
     return ", ".join(f"{name.replace('_', '-')} {value:{form}}" for name, value in values.items())
+
+
+def _finite(value: float) -> float | None:
+    """What JSON has a number for."""
+    return value if math.isfinite(value) else None
+
+
+def _all_finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if math.isfinite(value)}

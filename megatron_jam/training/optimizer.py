@@ -149,34 +149,37 @@ def check_factors(factors: Collection[str], model: ModelConfig) -> None:
 
 
 class PartNorms:
-    """Norms of the parts of a gradient: each tower, bridges, embeddings, head."""
+    """Norms of the parts of a gradient: each tower, bridges, embeddings, head. They make its whole
+    norm, which is then measured in the same pass."""
 
     def __init__(
         self, chunks: Sequence[JamModel], optimizer: MegatronOptimizer, world: World
     ) -> None:
         """Find what this rank holds of each part."""
         self._optimizer, self._device = optimizer, world.device
-        parts = chunks[0].model_config.parts
-        self._held: dict[str, list[nn.Parameter]] = {name: [] for name in parts}
+        self._parts = chunks[0].model_config.parts
+        self._held: list[tuple[int, nn.Parameter]] = []
+        """Number of the part, and what the optimizer updates."""
         for chunk in chunks:
             for holder in holders(chunk):
                 repeats = holder.split is None and world.tensor.rank > 0
                 if not repeats and not getattr(holder.parameter, "shared", False):
-                    part = part_of_model(holder.parts[0])
-                    self._held[part] += _updated(optimizer, holder.parameter)
+                    part = self._parts.index(part_of_model(holder.parts[0]))
+                    self._held += [(part, each) for each in _updated(optimizer, holder.parameter)]
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         """Between the optimizer's `prepare_grads` and the clipping: norms of the gradient's parts,
         without those that do not learn; all ranks take part."""
-        squares = torch.zeros(len(self._held), dtype=torch.float64, device=self._device)
-        for number, held in enumerate(self._held.values()):
-            gradients = [each.grad for each in held if each.grad is not None]
-            for each in torch._foreach_norm(gradients) if gradients else ():
-                squares[number] += each.double() ** 2
+        squares = torch.zeros(len(self._parts), dtype=torch.float64, device=self._device)
+        held = [(part, each.grad) for part, each in self._held if each.grad is not None]
+        if held:
+            norms = torch.stack(torch._foreach_norm([gradient for _, gradient in held]))
+            numbers = torch.tensor([part for part, _ in held], device=self._device)
+            squares.index_add_(0, numbers, norms.double() ** 2)
         dist.all_reduce(squares, group=self._group())
         values = squares.sqrt().tolist()
-        return {name: value for name, value in zip(self._held, values, strict=True) if value}
+        return {name: value for name, value in zip(self._parts, values, strict=True) if value}
 
     def _group(self) -> dist.ProcessGroup:
         return members(self._optimizer)[0].get_grad_stats_parallel_group()

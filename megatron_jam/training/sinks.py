@@ -48,31 +48,39 @@ class JsonLines:
     """One JSON object a line; everything else can be drawn from it."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = path.open("a", buffering=1)
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """Append a line; it is in the file when this returns."""
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
-        """Nothing is left."""
+        """Nothing is left to write."""
+        self._file.close()
 
 
 class TensorBoard:
-    """Event files for `tensorboard --logdir`."""
+    """Event files for `tensorboard --logdir`, written by a thread of tensorboard's own."""
 
     def __init__(self, folder: Path, first: int) -> None:
         # Imported here: it takes a quarter of a second, on rank 0 alone.
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None)
+        self._event, self._summary = Event, Summary
+        self._writer = EventFileWriter(str(folder))
+        if first:
+            start = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(step=first + 1, wall_time=time.time(), session_log=start))
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """Add each number under its name, such as train/loss_by_modality/text."""
-        for name, value in scalars(kind, values):
-            self._writer.add_scalar(name, value, step)
+        """Add all numbers as one event, each under its name, as train/loss_by_modality/text:
+        torch's SummaryWriter makes an event of each, which takes thirty times as long."""
+        pairs = [{"tag": tag, "simple_value": value} for tag, value in scalars(kind, values)]
+        event = self._event(step=step, wall_time=time.time(), summary=self._summary(value=pairs))
+        self._writer.add_event(event)
 
     def close(self) -> None:
         """Write what is left."""

@@ -210,7 +210,7 @@ def train_step(
     judge: Judge = must_be_finite,
 ) -> StepResult:
     """Gradients of a global batch, then one optimizer step, unless any rank's `judge` is against;
-    `part_norms` measures the gradient.
+    `part_norms` measures the gradient in place of Megatron.
 
     Raises:
         FloatingPointError: from `must_be_finite`, on every rank, before any weight has changed.
@@ -221,8 +221,8 @@ def train_step(
     losses = step(micro_batches)
     computed = time.perf_counter()
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
     parts = part_norms() if part_norms is not None else {}
+    norm = math.hypot(*parts.values()) if parts else float(optimizer.get_grad_norm())
     skipped = step.agree(judge(losses.mean, norm))
     if not skipped:
         set_learning_rate(optimizer, learning_rate)

@@ -3,13 +3,10 @@
 Model, data, losses and checkpoints are those of the other engine. DeepSpeed takes the mean of
 gradients over ranks; a rank's loss is scaled so that this is the sum over the global batch divided
 by its counted tokens. Tested with DeepSpeed 0.19.8; what it has no public name for stands in
-`_watch_norm`, `_flat_masters` and `_put`.
+`_watch_norms`, `_flat_masters` and `_put`.
 """
 
-import importlib
-import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,44 +18,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_jam.config.errors import UsageError
-from megatron_jam.config.run import OptimizerConfig, RunConfig
+from megatron_jam.config.run import RunConfig
 from megatron_jam.models.jam import JamModel
-from megatron_jam.models.parameters import parameter_table, part_of_model
+from megatron_jam.models.parameters import parameter_table
 from megatron_jam.models.sharding import Holder, holders, unpack
 from megatron_jam.parallel.device import synchronize
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.training.engine import Decodable
 from megatron_jam.training.losses import Losses
 from megatron_jam.training.moments import KINDS
-from megatron_jam.training.optimizer import check_factors, set_learning_rate
+from megatron_jam.training.optimizer import set_learning_rate
 from megatron_jam.training.state import STATE, sharded
 from megatron_jam.training.step import Batch, ForwardBackward, Judge, StepResult
+from megatron_jam.training.zero_setup import deepspeed_settings, import_deepspeed, weight_groups
 from megatron_jam.weights.load import whole_weights
 
 MOMENTS = KINDS[1:]
-
-
-def import_deepspeed(device: torch.device) -> Any:
-    """The package, told which device it is to find.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # it wants one, also of a rank without torchrun
-    try:
-        deepspeed = importlib.import_module("deepspeed")
-    except ImportError as error:
-        raise UsageError(
-            "engine is deepspeed, which cannot be imported: pip install -e '.[deepspeed]', or set"
-            f" engine to megatron ({error})"
-        ) from error
-    # It says what it does in hundreds of lines; its warnings stay.
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Its own exchange between processes of a host, which it would compile at the first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 class ZeroEngine:
@@ -84,8 +60,9 @@ class ZeroEngine:
         self.chunks, self._config, self._world = chunks, config, world
         (self._model,) = chunks
         self._package = import_deepspeed(world.device)
-        self._groups = _groups(self._model, config.optimizer)
+        self._groups = weight_groups(self._model, config.optimizer)
         self.forward = _Forward(self, world, vocabulary, config)
+        self._norms: list[Tensor] = []
         self._norm, self._refused = math.nan, ""
 
     @cached_property
@@ -112,17 +89,18 @@ class ZeroEngine:
         if self._config.deepspeed.stage == 2:
             # By itself it would look for the state of all groups when the first has made a step.
             zero._lazy_init_hp_params_optimizer_state()
+        self._note_norms(zero)
         return engine
 
     def train_step(
         self, micro_batches: Sequence[Batch], learning_rate: float, judge: Judge
     ) -> StepResult:
-        """See Engine; norms of the gradient's parts are not measured."""
+        """See Engine."""
         start = time.perf_counter()
         losses = self.forward(micro_batches)
         computed = time.perf_counter()
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
-        self._watch_norm(losses.mean, judge)
+        self._watch_norms(losses.mean, judge)
         self.deepspeed.step()
         synchronize(self._world.device)
         seconds = {
@@ -132,13 +110,28 @@ class ZeroEngine:
         return StepResult(
             losses=losses,
             grad_norm=self._norm,
-            part_norms={},
+            part_norms=self._part_norms(),
             learning_rate=learning_rate,
             seconds=seconds,
             skipped=self._refused,
         )
 
-    def _watch_norm(self, loss: float, judge: Judge) -> None:
+    def _note_norms(self, zero: Any) -> None:
+        """Have DeepSpeed leave in `_norms` what it measures of each group of weights, or with stage
+        3 of each piece of one."""
+        offload = self._config.deepspeed.offload_optimizer
+        kind = "complete_grad_norm_calculation_for_cpu_offload" if offload else ""
+        name = kind or "get_grad_norm_direct"
+        measure = getattr(type(zero), name)
+
+        def noted(*args: Any) -> Tensor:
+            found = measure(zero, *args)
+            self._norms.append(found)
+            return found
+
+        setattr(zero, name, noted)
+
+    def _watch_norms(self, loss: float, judge: Judge) -> None:
         """Judge the next step when DeepSpeed measures its gradient: it skips steps whose norm is
         not finite, and so is told that of steps that are refused."""
         zero = self.deepspeed.optimizer
@@ -147,8 +140,9 @@ class ZeroEngine:
         measure = getattr(type(zero), name)
 
         def watched() -> Any:
+            self._norms.clear()
             found = measure(zero)
-            norms = torch.stack(list(found)) if isinstance(found, list) else found.reshape(1)
+            norms = torch.stack(self._norms)
             # -1 stands for what is not finite.
             self._norm = float(norms.norm()) if bool((norms >= 0).all()) else math.inf
             self._refused = self.forward.agree(judge(loss, self._norm))
@@ -158,6 +152,18 @@ class ZeroEngine:
             return [refusal] if isinstance(found, list) else refusal
 
         setattr(zero, name, watched)
+
+    def _part_norms(self) -> dict[str, float]:
+        """Norms of the last gradient's parts that learn, out of those of its groups; none if one is
+        not finite."""
+        if not math.isfinite(self._norm):
+            return {}
+        zero = self.deepspeed.optimizer
+        pieces = getattr(zero, "sub_group_to_group_id", range(len(self._norms)))
+        squares = dict.fromkeys(self._model.model_config.parts, 0.0)
+        for number, norm in enumerate(torch.stack(self._norms).tolist()):
+            squares[self._groups[pieces[number]]["part"]] += norm**2
+        return {part: math.sqrt(value) for part, value in squares.items() if value}
 
     def finish_weights(self) -> None:
         """DeepSpeed's step ends when the weights are there."""
@@ -203,6 +209,7 @@ class ZeroEngine:
         settings = self._config.optimizer
         states = self.deepspeed.optimizer.optimizer.state if "deepspeed" in self.__dict__ else {}
         steps = max((int(each["step"]) for each in states.values()), default=0)
+        kinds = {(group["weight_decay"], group["lr_mult"]): group for group in self._groups}
         return [
             {
                 "wd_mult": 1.0 if group["weight_decay"] else 0.0,
@@ -215,7 +222,7 @@ class ZeroEngine:
                 "eps": settings.epsilon,
                 "step": steps,
             }
-            for group in self._groups
+            for group in kinds.values()
         ]
 
     @torch.no_grad()
@@ -274,6 +281,16 @@ class ZeroEngine:
                 gathered = holder.key, unpack(self._whole(holder.parameter), holder.parts)
             yield entry.name, gathered[1][entry.name] if self._world.rank == 0 else None
 
+    def for_decoding(self) -> Decodable:
+        """See Engine; with stage 3 each weight is gathered when a token needs it."""
+
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            # Weights that are gathered in inference mode could not be trained.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.deepspeed(*args, **kwargs)
+
+        return Decodable(self.chunks, [call], self._world)
+
     @torch.no_grad()
     def _whole(self, weight: nn.Parameter) -> Tensor:
         """A copy of a weight; gathered, where the ranks share it."""
@@ -313,50 +330,6 @@ class _Forward(ForwardBackward):
         counted = torch.as_tensor(counted, device=self.device)
         dist.all_reduce(counted)
         return self._world.size / max(1.0, float(counted))
-
-
-def deepspeed_settings(config: RunConfig, world: World) -> dict[str, Any]:
-    """DeepSpeed's own settings for a run."""
-    is_cuda = world.device.type == "cuda"
-    zero: dict[str, Any] = {
-        "stage": config.deepspeed.stage,
-        "overlap_comm": is_cuda,
-        "stage3_param_persistence_threshold": config.deepspeed.keep_whole_below,
-    }
-    if config.deepspeed.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": is_cuda}
-    return {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.num_micro_batches(world.size),
-        "gradient_clipping": config.optimizer.clip_norm,
-        "zero_optimization": zero,
-        "bf16": {"enabled": config.precision == "bf16"},
-        # As the other engine: gradients are summed in fp32, over micro-batches and over ranks.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        # torch's AdamW, which is fused on both devices; DeepSpeed would compile its own.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1 << 31,
-    }
-
-
-def _groups(model: JamModel, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The weights that learn, by their decay (vectors have none) and their learning rate's factor,
-    as Megatron's optimizer has them."""
-    factors = config.factors.changed()
-    check_factors(factors, model.model_config)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for holder in holders(model):
-        weight = holder.parameter
-        if weight.requires_grad:
-            decay = config.weight_decay if weight.dim() > 1 else 0.0
-            factor = factors.get(part_of_model(holder.parts[0]), 1.0)
-            groups.setdefault((decay, factor), []).append(weight)
-    return [
-        {"params": weights, "weight_decay": decay, "lr_mult": factor}
-        for (decay, factor), weights in groups.items()
-    ]
 
 
 def _empty_state(holder: Holder) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from examples.configs.tiny.workspace import build_workspace, fuse_all
 from megatron_jam.config.files import read_settings
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.config.run import RunConfig, load_run_config
+from megatron_jam.evaluation.sampled_sheet import SampledSheet
 from megatron_jam.models.parameters import POSITIONS, num_parameters, parameter_table
 from megatron_jam.parallel.world import World
 from megatron_jam.planning.memory import plan
@@ -52,8 +53,11 @@ def model_of(phase: str) -> ModelConfig:
 
 
 RANKS = {
-    phase: 64 if phase.startswith("instruction/") else 512 if phase.endswith("7b") else 256
-    for phase in PHASES
+    **dict.fromkeys(PHASES, 256),
+    "parents/cm3leon_7b": 512,
+    "instruction/with_pairs": 64,
+    "instruction/without_pairs": 64,
+    "instruction/one_node": 8,
 }
 
 
@@ -80,7 +84,10 @@ def test_exact_count(name: str) -> None:
     assert model.vocab_size == 66_056
 
 
-PLANNED = ("parents/cm3leon_7b", "alignment/uniform", "alignment/width", "alignment/cross")
+PLANNED = (
+    *("parents/cm3leon_7b", "alignment/uniform", "alignment/width", "alignment/cross"),
+    "instruction/one_node",
+)
 """The others' plans take as long again."""
 
 
@@ -102,6 +109,7 @@ def test_layout_fits_its_gpus(phase: str) -> None:
         num_micro_batches=count,
         context_length=config.context_length,
         precision=config.precision,
+        zero=config.deepspeed if config.engine == "deepspeed" else None,
     )
     for stage in stages:
         held = stage.state.total + stage.activations[config.recompute]
@@ -142,13 +150,27 @@ def test_alignment_is_the_papers(name: str) -> None:
     assert sum(weights.values()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", ["with_pairs", "without_pairs"])
+@pytest.mark.parametrize("name", ["with_pairs", "without_pairs", "one_node"])
 def test_instruction_tuning_is_the_papers(name: str) -> None:
     config = read(f"instruction/{name}")
     assert config.global_batch_size * config.context_length == 256 * 4096
     assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (1e-5, 300)
-    assert ("shutterstock" in {each.name for each in config.data.sets}) == (name == "with_pairs")
+    assert ("shutterstock" in {each.name for each in config.data.sets}) != (name == "without_pairs")
     assert (config.epochs, config.keep_epochs, config.steps) == (15, True, 0)
+
+
+def test_one_node_is_that_with_another_engine() -> None:
+    one, other = read("instruction/one_node").as_dict(), read("instruction/with_pairs").as_dict()
+    assert {name for name in one if one[name] != other[name]} == {
+        *("output", "micro_batch_size", "recompute", "engine", "deepspeed", "parallel")
+    }
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_phases_with_pictures_draw_them(phase: str) -> None:
+    sheet = read(phase).sheet
+    assert len(sheet.captions) == (0 if phase.startswith("parents/llm") else 8)
+    assert (sheet.sampling.guidance_scale, sheet.sampling.top_p) == (3.5, 0.9), "the paper's"
 
 
 def test_ablations_are_the_papers() -> None:
@@ -190,7 +212,8 @@ def train(world: World, folder: Path, options: list[str]) -> None:
     os.chdir(folder)
     try:
         config = load_run_config(options)
-        build_training(world, {name: getattr(config, name) for name in vars(config)}).run()
+        sheet = SampledSheet(config, writes=world.rank == 0)
+        build_training(world, {name: getattr(config, name) for name in vars(config)}, [sheet]).run()
     finally:
         os.chdir(before)
 
@@ -234,6 +257,9 @@ def check(output: Path, config: RunConfig) -> None:
     assert {each["set"] for each in lines if each["kind"] == "validation"} >= {
         each.name for each in config.validation
     }
+    measured = {each["step"] for each in lines if each["kind"] == "validation"}
+    drawn = {int(path.stem.removeprefix("step-")) for path in (output / "sheets").glob("*.png")}
+    assert drawn == (measured if config.sheet.captions else set())
     assert complete_checkpoints(output / "checkpoints")
     assert (output / "weights" / "config.json").is_file()
 

@@ -26,9 +26,9 @@ SETTINGS = SamplingConfig(
 )
 
 
-def talkative_folder(path: Path, kind: str, **tower: Any) -> Path:
+def talkative_folder(path: Path, kind: str, *, num_layers: int = 3, **tower: Any) -> Path:
     """A pico weights folder whose model often writes `<break>`, and sometimes `</s>`."""
-    pico_folder(path, pico_config(kind, num_layers=3, **tower))
+    pico_folder(path, pico_config(kind, num_layers=num_layers, **tower))
     (file,) = path.glob("model-*.safetensors")
     tensors = load_file(file)
     for name, tensor in tensors.items():
@@ -39,12 +39,12 @@ def talkative_folder(path: Path, kind: str, **tower: Any) -> Path:
     return path
 
 
-def build_model(path: Path, world: World, dtype: torch.dtype = torch.float64) -> JamModel:
-    """The model of a weights folder."""
-    folder = WeightsFolder(path)
-    model = JamModel(folder.config, world, dtype=dtype)
-    load_weights([model], folder, world)
-    return model
+def build_chunks(path: Path, world: World, dtype: torch.dtype = torch.float64) -> list[JamModel]:
+    """This rank's model of a weights folder."""
+    folder, numbers = WeightsFolder(path), range(world.parallel.interleave)
+    chunks = [JamModel(folder.config, world, dtype=dtype, chunk=number) for number in numbers]
+    load_weights(chunks, folder, world)
+    return chunks
 
 
 def prompts() -> list[Tokens]:

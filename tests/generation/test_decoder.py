@@ -14,16 +14,19 @@ from megatron_jam.config.generation import SamplingConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.generation.decoder import Decoder
 from megatron_jam.generation.row import Row, Rules, legal_table
+from megatron_jam.generation.stages import Stages
 from megatron_jam.generation.streams import Streams
 from megatron_jam.models.attention import CausalAttention
+from megatron_jam.models.twin import decoding_twin
 from megatron_jam.parallel.world import World, start_world, stop_world
 from megatron_jam.tokenizers.document import image_prompt, question_prompt, split_document
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.weights.folder import WeightsFolder
 from tests.generation.scenes import (
     SETTINGS,
     TOKENS_PER_IMAGE,
     VOCABULARY,
-    build_model,
+    build_chunks,
     prompts,
     reference,
     slow_decode,
@@ -31,6 +34,8 @@ from tests.generation.scenes import (
 )
 from tests.helpers.pico import LLAMA
 from tests.helpers.pool import WorkerPool
+from tests.helpers.runs import build
+from tests.helpers.transformer_engine import with_stand_ins
 
 GREEDY = dataclasses.replace(SETTINGS, temperature=0, text_temperature=0)
 RULES = Rules(
@@ -55,7 +60,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "cross": talkative_folder(root / "cross", "cross"),
         "separate": talkative_folder(root / "separate", "separate"),
         "affine": talkative_folder(root / "affine", "cross", **affine),
-        "chameleon": talkative_folder(root / "chameleon", "cross", **LLAMA, qk_norm=True),
+        "chameleon": talkative_folder(
+            root / "chameleon", "cross", num_layers=4, **LLAMA, qk_norm=True
+        ),
     }
 
 
@@ -66,8 +73,8 @@ def decoder(folders: dict[str, Path], world: World) -> Decoder:
 
 
 def decoder_of(path: Path, world: World) -> Decoder:
-    model = build_model(path, world)
-    return Decoder(model, world, VOCABULARY, tokens_per_image=TOKENS_PER_IMAGE)
+    stages = Stages(build_chunks(path, world), world)
+    return Decoder(stages, world, VOCABULARY, tokens_per_image=TOKENS_PER_IMAGE)
 
 
 def lists(tokens: list[np.ndarray]) -> list[list[int]]:
@@ -80,9 +87,10 @@ def test_cache_gives_the_logits_of_whole_forwards(
     kind: str, folders: dict[str, Path], world: World
 ) -> None:
     """Both streams, at every step, for rows that enter and leave pictures and end apart."""
-    model = build_model(folders[kind], world).eval()
+    (model,) = build_chunks(folders[kind], world)
+    model.eval()
     rows = [Row(RULES, prompt, index=i) for i, prompt in enumerate(prompts())]
-    streams = Streams(model, world, rows, RULES, guided=True)
+    streams = Streams(Stages([model], world), rows, RULES, guided=True)
     legal = legal_table(VOCABULARY)
     generator = np.random.default_rng(3)
     conditional: list[dict[int, Tensor]] = [{} for _ in rows]
@@ -201,14 +209,15 @@ def test_index_and_seed_change_the_draws(decoder: Decoder) -> None:
 
 
 def test_the_model_is_left_without_a_cache(folders: dict[str, Path], world: World) -> None:
-    model = build_model(folders["tower"], world)
-    decoder = Decoder(model, world, VOCABULARY, tokens_per_image=TOKENS_PER_IMAGE)
+    (model,) = build_chunks(folders["tower"], world)
+    stages = Stages([model], world)
+    decoder = Decoder(stages, world, VOCABULARY, tokens_per_image=TOKENS_PER_IMAGE)
     assert decoder.generate([], SETTINGS) == []
     decoder.generate(prompts()[:1], SETTINGS)
     # So that the prefill fails.
     model.embedding.tables["main"].positions = torch.nn.Embedding(2, 32)
     with pytest.raises(IndexError):
-        Streams(model, world, [Row(RULES, prompts()[2], index=0)], RULES, guided=False)
+        Streams(stages, [Row(RULES, prompts()[2], index=0)], RULES, guided=False)
     attentions = [m for m in model.modules() if isinstance(m, CausalAttention)]
     assert len(attentions) == 3
     assert all(attention.cache is None for attention in attentions)
@@ -227,29 +236,64 @@ def refusal(world: World, path: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("kind", "tensor"), [("tower", 4), ("cross", 2)])
-def test_tensor_parallel_ranks_write_the_same(
-    kind: str, tensor: int, pool: WorkerPool, folders: dict[str, Path], world: World
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("tower", {"tensor": 4}),
+        ("cross", {"tensor": 2}),
+        ("cross", {"tensor": 2, "pipeline": 2}),
+        ("separate", {"pipeline": 3}),
+        ("chameleon", {"pipeline": 2, "interleave": 2}),
+    ],
+    ids=str,
+)
+def test_ranks_write_the_same(
+    kind: str,
+    layout: dict[str, int],
+    pool: WorkerPool,
+    folders: dict[str, Path],
+    world: World,
 ) -> None:
-    assert VOCABULARY.size % 4  # so that the last rank of four holds padding
+    """As one rank, whatever the layout; the last rank of four holds padding."""
+    assert VOCABULARY.size % 4
     settings = dataclasses.replace(SETTINGS, max_new_tokens=8)
     single = lists(decoder_of(folders[kind], world).generate(prompts(), settings))
-    parallel = ParallelConfig(tensor=tensor)
+    parallel = ParallelConfig(**layout)
     ranks = pool.run(generate_on_ranks, parallel, folders[kind], settings)
-    assert ranks == [single] * tensor
+    assert ranks == [single] * (parallel.tensor * parallel.pipeline)
 
 
-def test_other_layouts_are_refused(pool: WorkerPool, folders: dict[str, Path]) -> None:
-    layouts = {
-        "parallel.pipeline": ParallelConfig(pipeline=2),
-        "parallel.sequence": ParallelConfig(tensor=2, sequence=True),
-    }
-    for setting, parallel in layouts.items():
-        assert all(setting in text for text in pool.run(refusal, parallel, folders["cross"]))
+def generate_with_twin(
+    world: World, path: Path, settings: SamplingConfig, **model: str
+) -> list[list[int]]:
+    """What a model in training writes."""
+    chunks = build(WeightsFolder(path), world, torch.float64, dropout=0.5, **model)
+    twin, plain = decoding_twin(chunks, world)
+    held, shared = ({id(p) for c in each for p in c.parameters()} for each in (chunks, twin))
+    assert shared == held, "nothing is copied"
+    decoder = Decoder(Stages(twin, plain), plain, VOCABULARY, tokens_per_image=TOKENS_PER_IMAGE)
+    return lists(decoder.generate(prompts(), settings))
+
+
+def test_a_model_in_training_writes_what_its_weights_write(
+    pool: WorkerPool, folders: dict[str, Path], world: World
+) -> None:
+    """With fused norms and attention, and sequences that ranks share in both ways."""
+    settings = dataclasses.replace(SETTINGS, max_new_tokens=8)
+    single = lists(decoder_of(folders["affine"], world).generate(prompts(), settings))
+    parallel = ParallelConfig(context=2, tensor=2, sequence=True)
+    call = (generate_with_twin, folders["affine"], settings)
+    assert pool.run(with_stand_ins, parallel, *call) == [single] * 4
+
+
+def test_sequence_parallelism_is_refused(pool: WorkerPool, folders: dict[str, Path]) -> None:
+    parallel = ParallelConfig(tensor=2, sequence=True)
+    told = pool.run(refusal, parallel, folders["cross"])
+    assert all("parallel.sequence is set; generation goes token by token" in x for x in told)
 
 
 def test_what_does_not_fit_is_refused(folders: dict[str, Path], world: World) -> None:
-    model = build_model(folders["tower"], world)
+    model = Stages(build_chunks(folders["tower"], world), world)
     assert Decoder(model, world, VOCABULARY, tokens_per_image=60)
     with pytest.raises(UsageError, match="max_positions 64 is too short for a picture of 61"):
         Decoder(model, world, VOCABULARY, tokens_per_image=61)

@@ -23,6 +23,7 @@ from megatron_jam.training.loop import Training
 from megatron_jam.training.losses import Losses
 from megatron_jam.training.preflight import check_replicas
 from megatron_jam.training.step import ForwardBackward
+from megatron_jam.training.zero_setup import import_deepspeed
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import gather_whole
 from tests.helpers.pico import LLAMA, pico_config, pico_folder, pico_tokenizer, pico_vocabulary
@@ -122,6 +123,14 @@ def build_training(
         )
 
     return Training(config, folder, world, validate, callbacks)
+
+
+def forget_worlds(world: World) -> None:
+    """Have DeepSpeed, which remembers groups of worlds before, begin anew."""
+    package = import_deepspeed(world.device)
+    package.comm.comm.cdb = None
+    groups = package.utils.groups
+    groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = groups.mesh_device = None
 
 
 def moments(training: Training, world: World) -> dict[str, torch.Tensor]:

@@ -71,6 +71,22 @@ def test_json_is_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert row["total"] == stage.state.total + stage.activations["full"]
 
 
+def test_zero_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the 19.6B on one node: all shared out, the optimizer on the host."""
+    model = str(ROOT / "examples/configs/models/cross_every2.yaml")
+    settings = ("--precision=bf16", "--replicas=8", "--engine=deepspeed", "--deepspeed.stage=3")
+    run_command(main, [model, *settings, "--deepspeed.offload_optimizer=true", "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    (row,) = shown["stages"]
+    share = shown["parameters"] / 8
+    assert [row["weights"], row["gradients"]] == pytest.approx([2 * share, 4 * share], rel=1e-6)
+    assert row["optimizer"] == 0
+    run_command(main, [model, *settings])
+    told = capsys.readouterr().out
+    assert "8 rank(s): TP 1 x PP 1 x CP 1 x DP 8, ZeRO-3\n" in told
+    assert "29.5 GB" in told, "12 bytes of each weight, on 8 ranks"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +105,10 @@ def test_json_is_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (
             [TOWER, "--parallel.pipeline=4", "--parallel.interleave=2", "--global_batch_size=6"],
             "the 6 micro-batches of a step must be a multiple of parallel.pipeline 4",
+        ),
+        (
+            [TOWER, "--engine=deepspeed", "--parallel.tensor=2"],
+            "engine deepspeed is data parallel alone, and parallel.tensor is 2: set it to 1",
         ),
         ([TOWER, "--replicas", "0"], "replicas is 0; it must be at least 1"),
         (

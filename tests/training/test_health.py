@@ -90,6 +90,23 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     assert entry["samples"] == [["set", *each] for each in suspects]
     (path,) = complete_checkpoints(tmp_path / "spoilt/checkpoints")
     assert read_manifest(path)["counters"]["health"]["skipped"] == 1
+    told = train_line(tmp_path / "spoilt", 2)
+    assert told["loss" if kind == "loss" else "grad_norm"] is None
+    assert told["skipped"].startswith(("the ", "another rank"))
+    told = train_line(tmp_path / "left_out", 2)
+    assert (told["loss"], told["grad_norm"], told["skipped"]) == (None, None, LEFT_OUT)
+
+
+def train_line(output: Path, step: int) -> dict[str, Any]:
+    """What a run said of a step, in JSON that any program reads."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (output / "metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    (found,) = (x for x in lines if (x["kind"], x["step"]) == ("train", step))
+    return found
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_state_before(

@@ -1,6 +1,7 @@
 """`engine: deepspeed` trains as Megatron's engine does, and their checkpoints are the same."""
 
 import json
+import math
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,10 +18,11 @@ from megatron_jam.config.run import FactorsConfig, OptimizerConfig
 from megatron_jam.parallel.world import World
 from megatron_jam.training.export import export_checkpoint
 from megatron_jam.training.health import Health
-from megatron_jam.training.zero import import_deepspeed
+from megatron_jam.training.metrics import read_metrics
+from megatron_jam.training.zero_setup import import_deepspeed
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import distance
-from tests.helpers.training import losses, run_training, settings, tensors
+from tests.helpers.training import forget_worlds, losses, run_training, settings, tensors
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="the optional group deepspeed is not installed"
@@ -45,11 +47,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def run_zero(world: World, values: dict[str, Any]) -> None:
-    """A run with DeepSpeed, which remembers groups of worlds before."""
-    package = import_deepspeed(world.device)
-    package.comm.comm.cdb = None
-    groups = package.utils.groups
-    groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = groups.mesh_device = None
+    """A run with DeepSpeed."""
+    forget_worlds(world)
     run_training(world, values)
 
 
@@ -67,6 +66,15 @@ def run(
         return
     values |= {"engine": "deepspeed", "deepspeed": DeepSpeedConfig(**KINDS[kind])}
     pool.run(run_zero, ALONE, values, data=data)
+
+
+def part_norms(output: Path) -> list[dict[str, float]]:
+    """Norms of the parts of each step's gradient, which add up to its norm."""
+    lines = [x for x in read_metrics(output / "metrics.jsonl") if x["kind"] == "train"]
+    for line in lines:
+        whole = math.sqrt(sum(norm**2 for norm in line["grad_norm_by_part"].values()))
+        assert whole == pytest.approx(line["grad_norm"], rel=1e-5)
+    return [line["grad_norm_by_part"] for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +101,13 @@ def calm(
 def test_both_engines_learn_the_same(
     pool: WorkerPool, material: tuple[Path, Path], calm: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Losses of 20 steps within 1e-4 of each other (they are far closer), and the final weights."""
+    """Losses of 20 steps within 1e-4 of each other (they are far closer), the final weights, and
+    the norms of the gradient's parts."""
     run(pool, material, tmp_path / "run", kind)
+    norms, due = part_norms(tmp_path / "run"), part_norms(calm)
+    assert set(due[0]) == {"image", "text", "bridges", "embeddings", "head"}
+    for one, other in zip(norms, due, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
     assert losses(tmp_path / "run") == pytest.approx(losses(calm), abs=1e-4)
     assert distance(tensors(calm), tensors(tmp_path / "run")) < 1e-4
 

@@ -20,7 +20,7 @@ PARENTS = ("cm3leon_350m", "cm3leon_760m", "cm3leon_7b", "llm", "llm_4096")
 PHASES = (
     *(f"parents/{name}" for name in PARENTS),
     *(f"alignment/{name}" for name in ("uniform", "width", "cross")),
-    *(f"instruction/{name}" for name in ("with_pairs", "without_pairs")),
+    *(f"instruction/{name}" for name in ("with_pairs", "without_pairs", "one_node")),
     *(f"ablations/cross_{name}" for name in ("none", "every1", "every2", "every4")),
     *(f"ablations/width_{name}" for name in ("copy", "average")),
 )

@@ -22,6 +22,7 @@ from megatron_jam.tokenizers.document import (
 )
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.tokenizers.vq import VqConfig, VqTokenizer
 from megatron_jam.weights.folder import TOKENIZER, VOCABULARY
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +42,8 @@ Tokens = NDArray[np.int64]
 
 def build_workspace(folder: Path) -> None:
     """Write data/ and weights/fresh/ into `folder`: an eighth of the quickstart's data, with
-    pictures as mosaics of colours, which takes no training."""
+    pictures as mosaics of colours, which takes no training; and an image tokenizer without any,
+    which draws noise."""
     vocabulary = JointVocabulary.build(
         text_size=TEXT_SIZE, num_image_codes=LEVELS**3, num_sentinels=16
     )
@@ -51,6 +53,8 @@ def build_workspace(folder: Path) -> None:
     source.mkdir(parents=True, exist_ok=True)
     tokenizer.save(source / TOKENIZER)
     vocabulary.save(source / VOCABULARY)
+    images = VqTokenizer(VqConfig(image_size=4 * SIDE, channels=(4,), num_codes=LEVELS**3))
+    images.save(folder / "weights" / "image_tokenizer")
     pictures = dict(_mosaics())
     sets: dict[str, list[Tokens] | list[list[Tokens]]] = {}
     for name in (*TEXT_SETS, "wikipedia_heldout", "c4_heldout"):
@@ -72,7 +76,7 @@ def build_workspace(folder: Path) -> None:
             for each in _records("interleaved.jsonl")[::8]
         ]
     for name, documents in sets.items():
-        _write(folder / "data" / name, documents, vocabulary, tokenizer)
+        _write(folder / "data" / name, documents, vocabulary, tokenizer, images.sha256)
     init = runpy.run_path(str(ROOT / "tools" / "init.py"))["main"]
     for seed, name in enumerate(FRESH):
         init(HERE / "tower.yaml", source, folder / "weights" / "fresh" / name, seed=seed)
@@ -97,6 +101,7 @@ def _write(
     documents: list[Tokens] | list[list[Tokens]],
     vocabulary: JointVocabulary,
     tokenizer: TextTokenizer,
+    image_tokenizer_sha256: str,
 ) -> None:
     has_pictures = any((vocabulary.modality[np.hstack(each)] == 1).any() for each in documents)
     is_text = prefix.name in TEXT_SETS or not has_pictures
@@ -106,7 +111,7 @@ def _write(
         vocabulary=vocabulary,
         tokenizer_sha256=tokenizer.sha256,
         kind="text" if is_text else "interleaved" if prefix.name in ANSWER_SETS else "pairs",
-        image_tokenizer_sha256="c" * 64 if has_pictures else "",
+        image_tokenizer_sha256=image_tokenizer_sha256 if has_pictures else "",
     )
 
 
