@@ -1,14 +1,15 @@
 """Reading samples and building indexes over Megatron-Core's data path; one thread.
 
-Samples are of 4,097 tokens from shuffled documents of 1,000 tokens on average, in random order from
-a file in memory; ours are int32 tokens, labels, mask and documents, GPTDataset's int64. Indexes are
-of ten million documents.
+Samples are of 4,097 tokens from documents of 1,000 tokens on average, which stand shuffled; they
+are read one after the other, as in training, from a file in memory; ours are int32 tokens, labels,
+mask and documents, GPTDataset's int64. Indexes are of ten million documents.
 """
 
 import itertools
 import resource
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,19 +57,16 @@ def _samples(prefix: str, pairs: int, samples: int, json: bool) -> None:
     )
     theirs = _gpt_dataset(prefix)
     size = min(len(theirs), int(ours.epoch_size)) - 1
-    order = itertools.cycle(np.random.default_rng(1).permutation(size).tolist())
 
-    def run(read) -> None:
-        for _ in range(samples):
-            read(next(order))
+    def run(read, numbers) -> None:
+        for number in itertools.islice(numbers, samples):
+            read(number)
 
     name = "sample over GPTDataset."
     for peer in ("_query_document_sample_shuffle_indices", "__getitem__"):
-        their_read = getattr(theirs, peer)
-        row = speed_over(
-            name + peer, lambda: run(ours.sample), lambda r=their_read: run(r), pairs=pairs
-        )
-        row.print(as_json=json)
+        mine = partial(run, ours.sample, itertools.cycle(range(size)))
+        other = partial(run, getattr(theirs, peer), itertools.cycle(range(size)))
+        speed_over(name + peer, mine, other, pairs=pairs).print(as_json=json)
 
 
 def _gpt_dataset(prefix: str) -> GPTDataset:

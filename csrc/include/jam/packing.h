@@ -41,6 +41,16 @@ void for_slices(const Order& order, const int64_t* starts, const Retrieval* retr
   }
 }
 
+// Asks the memory for the stream's tokens [start, stop), which are in it, and waits for none.
+template <typename Token>
+void prefetch_stream(const Token* tokens, const int64_t* starts, const Retrieval* retrieval,
+                     const Order& order, int64_t start, int64_t stop) {
+  for_slices(order, starts, retrieval, start, stop, [&](int64_t from, int64_t count, int64_t) {
+    constexpr int64_t kLine = 64 / sizeof(Token);
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(tokens + from + i);
+  });
+}
+
 // Copies the stream's tokens [start, stop), which are in it, and numbers their documents from
 // `document` on; returns the number that the next document gets.
 template <typename Token>
@@ -48,10 +58,7 @@ int32_t read_stream(const Token* tokens, const int64_t* starts, const Retrieval*
                     const Order& order, int64_t start, int64_t stop, int32_t document,
                     int32_t* out_tokens, int32_t* out_documents) {
   // The documents lie anywhere in the file: all are asked for before the first is waited for.
-  for_slices(order, starts, retrieval, start, stop, [&](int64_t from, int64_t count, int64_t) {
-    constexpr int64_t kLine = 64 / sizeof(Token);
-    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(tokens + from + i);
-  });
+  prefetch_stream(tokens, starts, retrieval, order, start, stop);
   int64_t latest = -1;
   for_slices(order, starts, retrieval, start, stop,
              [&](int64_t from, int64_t count, int64_t place) {
@@ -60,6 +67,9 @@ int32_t read_stream(const Token* tokens, const int64_t* starts, const Retrieval*
                out_tokens = std::copy(tokens + from, tokens + from + count, out_tokens);
                out_documents = std::fill_n(out_documents, count, document);
              });
+  // Most often the next block is read next.
+  prefetch_stream(tokens, starts, retrieval, order, stop,
+                  std::min(2 * stop - start, order.num_tokens()));
   return document + (latest >= 0);
 }
 

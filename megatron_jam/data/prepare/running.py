@@ -144,7 +144,10 @@ class Run:
         return job.settings() | {"shards": self.shard.count, "inputs": files}
 
     def _publish(self, job: Job, journal: Journal) -> None:
-        for name in (*job.slices, TRAINING):  # the training set last: where it is, all are
+        # The training set last, and an older one gone: where it is, all are.
+        Path(f"{self.prefix_of(TRAINING)}.json").unlink(missing_ok=True)
+        self._publish_rejected(journal)
+        for name in (*job.slices, TRAINING):
             prefix = self.prefix_of(name)
             Path(f"{prefix}.json").unlink(missing_ok=True)
             if journal.path(name, "tokens").stat().st_size:
@@ -157,6 +160,9 @@ class Run:
                 raise UsageError(f"{prefix}: there is no document to write")
             else:
                 self._publish_nothing(job, prefix)
+        journal.remove()
+
+    def _publish_rejected(self, journal: Journal) -> None:
         rejected = Path(f"{self.prefix_of(TRAINING)}.rejected.jsonl")
         rejected.unlink(missing_ok=True)
         if (journal.folder / "rejected").stat().st_size:
@@ -164,7 +170,6 @@ class Run:
             shutil.copyfile(journal.folder / "rejected", copy)
             publish(copy, rejected)
             logger.warning("%s lists what was left out: %d bad records", rejected, journal.num_bad)
-        journal.remove()
 
     def _described(self, job: Job) -> dict[str, Any]:
         return {**job.described(), "settings": self._settings(job)}

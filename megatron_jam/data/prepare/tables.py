@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def _parquet_rows(part: Part, begin: int, num_records: int) -> Rows:
     with _parquet(part.path) as table:
         sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
         stop = sum(sizes) if part.stop is None else part.stop
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        starts = [0, *accumulate(sizes)][: len(sizes)]
         groups = [i for i, row in enumerate(starts) if row < stop and row + sizes[i] > begin]
         number = starts[groups[0]] if groups else stop
         for batch in table.iter_batches(batch_size=num_records, row_groups=groups):

@@ -133,6 +133,10 @@ def test_codes_that_were_made_elsewhere(tmp_path):
         laid_out("a dog", [1, 2, 3, 4]),
         laid_out("a mat", [1, 2, 3, 31]),
     ]
+    table = pyarrow.Table.from_pylist(lines[1:2])  # a column of integers
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    prepare(tmp_path / "x.parquet", tmp_path / "sets/y", CODES, bad="stop")
+    assert documents(tmp_path / "sets/y") == [laid_out("a dog", [1, 2, 3, 4])]
     assert [
         (each["where"].rsplit(":")[-1], each["reason"]) for each in rejected(tmp_path / "sets/x")
     ] == [

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.data.indexed import open_set, read_info
-from megatron_jam.data.prepare import running
+from megatron_jam.data.prepare import running, writing
 from megatron_jam.data.prepare.held_out import HeldOut, HeldOutConfig, piece_hash, pieces
 from megatron_jam.data.prepare.running import Run, Shard
 from megatron_jam.data.prepare.text import TextJob
@@ -188,6 +189,37 @@ def test_two_runs_do_not_write_one_set(tmp_path, inputs):
         prepare(inputs, tmp_path / "sets/x")
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+
+
+def prepare_and_measure(peak, run):
+    """`peak` becomes the growth of the largest resident set, in bytes."""
+
+    def resident(name):
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024
+
+    writing.ROWS_AT_ONCE, writing.BYTES_AT_ONCE = 1 << 10, 1 << 16
+    Path("/proc/self/clear_refs").write_text("5")  # the largest so far is the present one
+    before = resident("VmRSS")
+    prepare_texts(run, HeldOut(), 1 << 16, 5.0)
+    peak.value = resident("VmHWM") - before
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    grown = []
+    for name, count in (("few", 5_000), ("many", 80_000)):
+        path = write_texts(tmp_path / f"{name}.jsonl", texts(100) * (count // 100))
+        run = Run(inputs=str(path), prefix=str(tmp_path / name), workers=1)
+        peak = multiprocessing.Value("q", 0)
+        process = start(prepare_and_measure, peak, run)
+        process.join()
+        assert process.exitcode == 0
+        assert read_info(tmp_path / name).num_documents == count
+        grown.append(peak.value)
+    size = (tmp_path / "many.jsonl").stat().st_size
+    assert size > 8e6
+    assert grown[1] - grown[0] < size / 4
 
 
 def test_slices_are_kept_out_of_training(tmp_path, inputs):
