@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -335,6 +336,15 @@ def load_run_config(arguments: Sequence[str] | None = None) -> RunConfig:
     Raises:
         UsageError: an unknown key, a wrong value, a missing file; the message names it.
     """
+    parser = _parser()
+    values = parser.instantiate_classes(parse(parser, arguments))
+    fields = [f.name for f in dataclasses.fields(RunConfig)]
+    return RunConfig(**{name: values[name] for name in fields})
+
+
+@cache
+def _parser() -> ArgumentParser:
+    """Made once: reading the docstrings of all settings takes longer than parsing."""
     parser = ArgumentParser(
         prog="megatron_jam.train",
         description="Train a weights folder on prepared data; resumes its own run.",
@@ -342,9 +352,7 @@ def load_run_config(arguments: Sequence[str] | None = None) -> RunConfig:
     )
     parser.add_argument("--config", action="config", help="YAML file of settings")
     parser.add_class_arguments(RunConfig, as_group=False)
-    values = parser.instantiate_classes(parse(parser, arguments))
-    fields = [f.name for f in dataclasses.fields(RunConfig)]
-    return RunConfig(**{name: values[name] for name in fields})
+    return parser
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,6 @@ from tests.helpers.pico import LLAMA, pico_config, pico_folder
 from tests.helpers.pool import WorkerPool
 
 LAYOUTS = {
-    "one": (ParallelConfig(), 1),
     "tp4": (ParallelConfig(tensor=4, sequence=True), 1),
     "pp2": (ParallelConfig(pipeline=2), 1),
     "pp2-interleaved": (ParallelConfig(pipeline=2, interleave=2), 1),
@@ -37,8 +36,14 @@ def compute(world: World, path: Path) -> np.ndarray | None:
     return folder_logits(path, IDS, world)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["cross", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("llama", "tp4"), ("llama", "pp2"), ("cross", "pp2-interleaved"), ("cross", "tp2-pp2-dp2")]
+    + [
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (("llama", "pp2-interleaved"), ("cross", "tp4"), ("cross", "pp2"))
+    ],
+)
 def test_equal_the_reference(
     kind: str, layout: str, folders: dict[str, Path], pool: WorkerPool
 ) -> None:

@@ -1,5 +1,6 @@
 """Perplexities are those of the plain reference on the same tokens, under every layout."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[DataS
     return pico_folder(root / "weights", config), sets
 
 
+@cache
 def direct(path: Path, name: str, isolated: bool = False) -> tuple[list[float], list[int]]:
     """Nats and tokens by modality: whole documents in contexts of at most LENGTH tokens; isolated,
     what a context has of each document is read by itself."""

@@ -119,13 +119,20 @@ def test_cache_gives_the_logits_of_whole_forwards(
         tokens = torch.tensor([row.tokens])
         itself = model(tokens, torch.arange(tokens.shape[1])[None])[:, 0]
         torch.testing.assert_close(itself, whole, rtol=0, atol=1e-10)
-    for stream, logits in unconditional:
-        whole = reference(folders[kind], stream)[-1]
-        torch.testing.assert_close(logits, whole, rtol=0, atol=1e-10)
+    longest: list[tuple[list[int], Tensor]] = []  # what it says of a stream's beginnings, too
+    for stream, logits in sorted(unconditional, key=lambda pair: -len(pair[0])):
+        found = [whole for each, whole in longest if each[: len(stream)] == stream]
+        if not found:
+            longest.append((stream, reference(folders[kind], stream)))
+            found = [longest[-1][1]]
+        torch.testing.assert_close(logits, found[0][len(stream) - 1], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["tower", "cross"])
-@pytest.mark.parametrize("settings", [SETTINGS, GREEDY], ids=["sampled", "greedy"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("tower", GREEDY), ("cross", SETTINGS)],
+    ids=["tower-greedy", "cross-sampled"],
+)
 def test_tokens_are_those_of_whole_forwards(
     kind: str, settings: SamplingConfig, folders: dict[str, Path], world: World
 ) -> None:

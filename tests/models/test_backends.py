@@ -128,8 +128,18 @@ def test_stand_ins_take_what_megatrons_wrappers_take(name: str) -> None:
     assert {each[1] for each in added} <= {"name"}  # Megatron-Core 0.16 has none
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        pytest.param(
+            kind,
+            layout,
+            marks=[] if layout == "tp2-sp" or kind in ("opt", "unequal") else pytest.mark.slow,
+        )
+        for kind in CONFIGS
+        for layout in LAYOUTS
+    ],
+)
 def test_gradients_equal_those_of_torch(
     kind: str, layout: str, folders: dict[str, Path], torch_backend: dict, pool: WorkerPool
 ) -> None:
@@ -150,8 +160,13 @@ def test_logits_equal_those_of_torch(kind: str, folders: dict[str, Path], pool: 
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("layout", CONTEXT)
-@pytest.mark.parametrize("kind", ["llama", "cross"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("llama", "cp2-pp2"), *(("cross", each) for each in CONTEXT)]
+    + [
+        pytest.param("llama", each, marks=pytest.mark.slow) for each in CONTEXT if each != "cp2-pp2"
+    ],
+)
 def test_context_parallelism_changes_nothing(
     kind: str, layout: str, folders: dict[str, Path], torch_backend: dict, pool: WorkerPool
 ) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,11 +61,20 @@ def test_each_document_is_read_as_if_alone(kind: str, tmp_path: Path, pool: Work
     ],
 )
 def test_layouts_agree(
-    parallel: ParallelConfig, recompute: str, tmp_path: Path, pool: WorkerPool
+    parallel: ParallelConfig, recompute: str, chameleon: tuple[Any, ...], pool: WorkerPool
 ) -> None:
     """Each micro-batch keeps its own documents, also where it is computed again."""
+    run, (loss, gradients) = chameleon
+    other = pool.run(loss_and_gradients, parallel, *run, recompute)[0]
+    assert other[0] == pytest.approx(loss, rel=1e-12)
+    assert distance(gradients, other[1]) < 1e-7
+
+
+@pytest.fixture(scope="module")
+def chameleon(tmp_path_factory: pytest.TempPathFactory, pool: WorkerPool) -> tuple[Any, ...]:
+    """A model, a batch of unlike cuts and the dtype; its loss and gradients on one rank."""
     config = CONFIGS["chameleon"]
-    path = pico_folder(tmp_path / "model", config)
+    path = pico_folder(tmp_path_factory.mktemp("isolation") / "model", config)
     batch = random_batch(config.vocab_size, samples=4, length=sum(LENGTHS))
     documents = documents_of(4)
     documents[1:, 4] = 1  # not the same cuts in each sample
@@ -72,7 +82,5 @@ def test_layouts_agree(
     run = (path, isolated, torch.float64)
     loss, gradients = pool.run(loss_and_gradients, ParallelConfig(), *run)[0]
     whole = pool.run(loss_and_gradients, ParallelConfig(), path, batch, torch.float64)[0]
-    other = pool.run(loss_and_gradients, parallel, *run, recompute)[0]
     assert abs(whole[0] - loss) > 1e-3
-    assert other[0] == pytest.approx(loss, rel=1e-12)
-    assert distance(gradients, other[1]) < 1e-7
+    return run, (loss, gradients)

@@ -30,7 +30,13 @@ def local_size(model: JamModel, world: World) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", COUNTS)
+BY_DEFAULT = ("tower", "width", "cross_every2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=[] if each in BY_DEFAULT else pytest.mark.slow) for each in COUNTS],
+)
 def test_one_replica_holds_the_exact_count(name: str) -> None:
     config = ModelConfig.from_dict(read_settings(CONFIGS / "models" / f"{name}.yaml"))
     sizes = []

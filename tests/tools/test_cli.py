@@ -19,6 +19,7 @@ from megatron_jam.config.errors import UsageError
 from megatron_jam.data.indexed import write_set
 from megatron_jam.models.parameters import num_parameters, parameter_table
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.training.stop import EXIT_REQUEUE
 from megatron_jam.weights.folder import VOCABULARY, WeightsFolder
 from megatron_jam.weights.initial import initial_tensor
 from megatron_jam.weights.reference import reference_logits
@@ -223,8 +224,23 @@ def test_train_refuses_data_of_another_vocabulary(home: Path, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
+def test_train_that_is_asked_to_stop_has_a_status_of_its_own(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    stop = tmp_path / "run/stop"
+    stop.parent.mkdir()
+    stop.touch()
+    name = write(tmp_path / "run.yaml", settings(home))
+    done = module(TRAIN, "--config", name, cwd=tmp_path)
+    assert done.returncode == EXIT_REQUEUE == 75
+    assert (tmp_path / "run/requeue").read_text() == "stopped at step 0 by run/stop\n"
+    told = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert told == "no failure: asked to stop by run/stop; the next start goes on"
+
+
 def test_train_refuses_tensor_parallelism_that_cuts_heads(home: Path, tmp_path: Path) -> None:
-    """On two real ranks; the line comes once. torchrun adds its own report and status."""
+    """On two real ranks; the line comes once, and ends the report that torchrun adds."""
     changes = {"weights": str(home / "three_heads"), "parallel": {"tensor": 2}}
     name = write(tmp_path / "run.yaml", settings(home, **changes))
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -242,5 +258,8 @@ def test_train_refuses_tensor_parallelism_that_cuts_heads(home: Path, tmp_path: 
     assert told == [
         "error: parallel.tensor 2 does not divide num_heads 3 of tower main; choose a divisor of it"
     ]
+    *_, last, border = done.stderr.rstrip().splitlines()
+    assert last == f"  traceback : {told[0]}"
+    assert set(border) == {"="}
     assert "megatron_jam" not in "".join(re.findall(r'File "[^"]*"', done.stderr))
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
