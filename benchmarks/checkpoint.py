@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,12 @@ def main(*, pairs: int = 5, folder: Path = Path(tempfile.gettempdir()), json: bo
     root = Path(name[0])
     try:
         config = small_run(world, root)
-        rows = [*saves(config, world, root, pairs), checks(config, world, pairs)]
-        for each in rows if world.rank == 0 else ():
-            each.print(as_json=json)
+        for each in saves(config, world, root, pairs):
+            if world.rank == 0:
+                each.print(as_json=json)
+        overhead = checks(config, world, pairs)
+        if world.rank == 0:
+            overhead.print(as_json=json)
     finally:
         if world.rank == 0:
             shutil.rmtree(root, ignore_errors=True)
@@ -141,7 +145,7 @@ class Saves:
         return path
 
 
-def saves(config: RunConfig, world: World, root: Path, pairs: int) -> list[Row]:
+def saves(config: RunConfig, world: World, root: Path, pairs: int) -> Iterator[Row]:
     """Stall, save and load."""
     timed = Saves(config, world, root)
     trials = [(timed.stall(), seconds(timed.whole), timed.plain_stall()) for _ in range(pairs + 2)][
@@ -158,13 +162,12 @@ def saves(config: RunConfig, world: World, root: Path, pairs: int) -> list[Row]:
         "speed of a waited save over cp and fsync": (timed.whole, timed.copy),
         "speed of checking and loading over cp and fsync": (timed.ours.load_latest, timed.copy),
     }
-    return [
-        row(f"{size}: time of a waited save over an asynchronous one's stall", over),
-        row("seconds of the stall", [stall for stall, *_ in trials]),
-        row("stall of Megatron's own asynchronous save over ours", [p / s for s, _, p in trials]),
-        *(speed_over(name, *runs, pairs=pairs) for name, runs in compared.items()),
-        row("seconds of checking and loading", [seconds(timed.ours.load_latest) for _ in over]),
-    ]
+    yield row(f"{size}: time of a waited save over an asynchronous one's stall", over)
+    yield row("seconds of the stall", [stall for stall, *_ in trials])
+    yield row("stall of Megatron's own asynchronous save over ours", [p / s for s, _, p in trials])
+    for name, runs in compared.items():
+        yield speed_over(name, *runs, pairs=pairs)
+    yield row("seconds of checking and loading", [seconds(timed.ours.load_latest) for _ in over])
 
 
 def small_run(world: World, root: Path) -> RunConfig:
