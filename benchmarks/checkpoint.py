@@ -8,8 +8,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -37,11 +38,18 @@ TOWER = TowerConfig(num_layers=4, hidden_size=512, num_heads=8)
 STEPS_OF_A_PAIR = 20
 
 
-def main(*, pairs: int = 5, folder: Path = Path(tempfile.gettempdir()), json: bool = False) -> None:
+def main(
+    *,
+    pairs: int = 5,
+    folder: Path = Path(tempfile.gettempdir()),
+    only: Literal["all", "saves", "checks"] = "all",
+    json: bool = False,
+) -> None:
     """Print ratios; the checkpoint is of a tower of 512 x 4 layers, fp32, with Adam's moments.
 
     Args:
         pairs: how often each is run.
+        only: what is measured: saves and loads, or a step's logging and checks.
         folder: where to write; a file system that matters.
         json: one line of JSON a row (name, ratio, spread) in place of text.
     """
@@ -52,12 +60,12 @@ def main(*, pairs: int = 5, folder: Path = Path(tempfile.gettempdir()), json: bo
     root = Path(name[0])
     try:
         config = small_run(world, root)
-        for each in saves(config, world, root, pairs):
-            if world.rank == 0:
-                each.print(as_json=json)
-        overhead = checks(config, world, pairs)
-        if world.rank == 0:
-            overhead.print(as_json=json)
+        rows = {"saves": partial(saves, root=root), "checks": checks}
+        for kind, measure in rows.items():
+            if only in ("all", kind):
+                for each in measure(config, world, pairs=pairs):
+                    if world.rank == 0:
+                        each.print(as_json=json)
     finally:
         if world.rank == 0:
             shutil.rmtree(root, ignore_errors=True)
@@ -180,9 +188,9 @@ def small_run(world: World, root: Path) -> RunConfig:
     return load_run_config([f"--{name}={value}" for name, value in changes.items()])
 
 
-def checks(config: RunConfig, world: World, pairs: int) -> Row:
+def checks(config: RunConfig, world: World, pairs: int) -> list[Row]:
     """What a step takes beyond its computation: a run's whole steps and the computation alone take
-    turns."""
+    turns. Of the clock, and of the main thread's processor, which other programs disturb less."""
     training = Training(config, WeightsFolder(config.weights), world, lambda *_: {})
     training._prepare()
     engine = training.engine
@@ -198,12 +206,21 @@ def checks(config: RunConfig, world: World, pairs: int) -> Row:
             batches = training._batches(next(steps))
             train_step(engine.forward, engine.optimizer, batches, RATE)
 
-    found = []
+    clock, processor = [], []
     for number in range(pairs + 2):
         order: list[Run] = [watched, bare] if number % 2 else [bare, watched]
-        times = {run: seconds(run) for run in order}
-        found.append((times[watched] - times[bare]) / STEPS_OF_A_PAIR * 1e3)
-    return row(f"milliseconds of logging and checks a step, {world.size} rank(s)", found[2:])
+        times, spent = {}, {}
+        for run in order:
+            start = time.thread_time()
+            times[run] = seconds(run)
+            spent[run] = time.thread_time() - start
+        for found, taken in ((clock, times), (processor, spent)):
+            found.append((taken[watched] - taken[bare]) / STEPS_OF_A_PAIR * 1e3)
+    what = f"of logging and checks a step, {world.size} rank(s)"
+    return [
+        row(f"milliseconds {what}", clock[2:]),
+        row(f"milliseconds of the processor {what}", processor[2:]),
+    ]
 
 
 def _sync(path: Path) -> None:

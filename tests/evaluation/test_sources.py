@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megatron_jam.config.data import DataSetConfig
 from megatron_jam.config.errors import UsageError
@@ -23,6 +24,8 @@ from megatron_jam.evaluation.sources import (
 )
 from megatron_jam.parallel.world import World
 from megatron_jam.tokenizers.document import caption_image_document, text_document
+from megatron_jam.tokenizers.image import pixels_from_image
+from megatron_jam.tokenizers.vq import VqConfig, VqTokenizer
 from megatron_jam.training.checkpoint import complete_checkpoints
 from megatron_jam.weights.folder import WeightsFolder
 from tests.helpers.pico import pico_config, pico_folder, pico_tokenizer, pico_vocabulary
@@ -129,6 +132,34 @@ def test_coco(tmp_path: Path) -> None:
     both = coco_captions(path, PictureConfig(captions_per_image=2, folder=Path("/pictures")))
     assert [each["caption"] for each in both] == ["first of b", "first of a", "second of a"]
     assert both[0]["image"] == "/pictures/b.jpg"
+
+
+def documents_of(world: World, root: Path, path: Path, images: Path, scratch: Path) -> Any:
+    sets = [DataSetConfig(name="coco", path=str(path))]
+    folder = WeightsFolder(root / "weights")
+    pictures = PictureConfig(image_tokenizer=str(images))
+    (made,) = prepared_sets(sets, folder, pictures, scratch, world)
+    found = open_set(made.path, folder.vocabulary)
+    return [found.document(number).tolist() for number in range(found.num_documents)]
+
+
+def test_coco_with_its_pictures(pool: WorkerPool, root: Path, tmp_path: Path) -> None:
+    """Files of pictures get the image tokenizer's codes, behind their captions."""
+    shape = VqConfig(image_size=8, patch_size=4, channels=(4,), num_codes=16, code_dim=4)
+    images = VqTokenizer(shape, seed=0)
+    images.save(tmp_path / "images")
+    rng = np.random.default_rng(0)
+    due, vocabulary, tokenizer = [], pico_vocabulary(), pico_tokenizer()
+    for name in "ba":  # in the order of the file's pictures
+        levels = rng.integers(0, 256, (12, 20, 3), dtype=np.uint8)
+        Image.fromarray(levels).save(tmp_path / f"{name}.jpg")
+        with Image.open(tmp_path / f"{name}.jpg") as picture:
+            (codes,) = images.encode(pixels_from_image(picture, 8)[None])
+        caption = tokenizer.encode(f"first of {name}")
+        due.append(caption_image_document(vocabulary, caption, codes.numpy()).tolist())
+    args = (root, coco(tmp_path), tmp_path / "images", tmp_path)
+    assert pool.run(documents_of, ParallelConfig(), *args) == [due]
+    assert due[0][-5:] != due[1][-5:]
 
 
 @pytest.mark.parametrize("changes", [{"images": None}, {"annotations": [{"image_id": 9}]}])

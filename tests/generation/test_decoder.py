@@ -249,7 +249,7 @@ def refusal(world: World, path: Path) -> str:
         ("tower", {"tensor": 4}),
         ("cross", {"tensor": 2}),
         ("cross", {"tensor": 2, "pipeline": 2}),
-        ("separate", {"pipeline": 3}),
+        pytest.param("separate", {"pipeline": 3}, marks=pytest.mark.slow),
         ("chameleon", {"pipeline": 2, "interleave": 2}),
     ],
     ids=str,
