@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "keep_whole_below": 0,
     },
 }
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[WorkerPool]:
+    """Workers that end with this file: DeepSpeed keeps groups, and their threads, for good."""
+    workers = WorkerPool()
+    yield workers
+    workers.close()
 
 
 def run_zero(world: World, values: dict[str, Any]) -> None:
