@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -17,8 +18,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
 
-from benchmarks.models import RATE, tower_config
-from benchmarks.timing import Row, Run, row, seconds, speed_over
+from benchmarks.models import tower_config
+from benchmarks.timing import Row, row, seconds, speed_over
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.model import TowerConfig
 from megatron_jam.config.parallel import ParallelConfig
@@ -26,10 +27,11 @@ from megatron_jam.config.run import RunConfig, load_run_config
 from megatron_jam.models.jam import JamModel
 from megatron_jam.parallel.world import World, start_world, stop_world
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import Checkpoints, Keep
 from megatron_jam.training.engine import MegatronEngine
 from megatron_jam.training.loop import Training
-from megatron_jam.training.step import train_step
+from megatron_jam.training.step import StepResult
 from megatron_jam.weights.folder import WeightsFolder
 from tools.drilled_run import make_material
 
@@ -188,39 +190,35 @@ def small_run(world: World, root: Path) -> RunConfig:
     return load_run_config([f"--{name}={value}" for name, value in changes.items()])
 
 
+class LastStep(Callback):
+    """Remembers what the last step was."""
+
+    seconds = 0.0
+
+    def step_made(self, step: int, result: StepResult) -> None:
+        """Its parts' times, the batch's included."""
+        self.seconds = sum(result.seconds.values())
+
+
 def checks(config: RunConfig, world: World, pairs: int) -> list[Row]:
-    """What a step takes beyond its computation: a run's whole steps and the computation alone take
-    turns. Of the clock, and of the main thread's processor, which other programs disturb less."""
-    training = Training(config, WeightsFolder(config.weights), world, lambda *_: {})
+    """What a step takes beyond its batch, its passes and its update, medians of a few steps: the
+    rest of the loop, judging the step, and what norms by part take longer than Megatron's norm.
+
+    Not the difference of whole steps with and without, which vary by more than all of this.
+    """
+    last = LastStep()
+    training = Training(config, WeightsFolder(config.weights), world, lambda *_: {}, [last])
     training._prepare()
-    engine = training.engine
+    engine, steps = training.engine, itertools.count()
     assert isinstance(engine, MegatronEngine)
-    steps = iter(range(100_000))
 
-    def watched() -> None:
-        for _ in range(STEPS_OF_A_PAIR):
-            training._advance(next(steps))
+    def beyond() -> float:
+        taken = seconds(lambda: training._advance(next(steps))) - last.seconds
+        norms = seconds(engine._part_norms) - seconds(engine.optimizer.get_grad_norm)
+        return 1e3 * (taken + norms + seconds(lambda: training.health.judge(1.0, 1.0)))
 
-    def bare() -> None:
-        for _ in range(STEPS_OF_A_PAIR):
-            batches = training._batches(next(steps))
-            train_step(engine.forward, engine.optimizer, batches, RATE)
-
-    clock, processor = [], []
-    for number in range(pairs + 2):
-        order: list[Run] = [watched, bare] if number % 2 else [bare, watched]
-        times, spent = {}, {}
-        for run in order:
-            start = time.thread_time()
-            times[run] = seconds(run)
-            spent[run] = time.thread_time() - start
-        for found, taken in ((clock, times), (processor, spent)):
-            found.append((taken[watched] - taken[bare]) / STEPS_OF_A_PAIR * 1e3)
-    what = f"of logging and checks a step, {world.size} rank(s)"
-    return [
-        row(f"milliseconds {what}", clock[2:]),
-        row(f"milliseconds of the processor {what}", processor[2:]),
-    ]
+    found = [median(beyond() for _ in range(STEPS_OF_A_PAIR)) for _ in range(pairs + 1)]
+    return [row(f"milliseconds of logging and checks a step, {world.size} rank(s)", found[1:])]
 
 
 def _sync(path: Path) -> None:
