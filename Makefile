@@ -8,7 +8,7 @@ STAMP := .venv/.megatron_jam
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup test test-slow test-newest quickstart lint format clean
+.PHONY: setup test test-slow test-gpu test-newest quickstart lint format clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,12 @@ test: setup lint
 
 test-slow: setup
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" --timeout 1200
+
+# With a GPU: the tests that need one, then the kernels under NVIDIA's compute-sanitizer.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+	set -e; for tool in memcheck racecheck initcheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -m gpu tests/ops; done
 
 # The newest Megatron-Core, which wants Python 3.12, in an environment of its own.
 NEWEST_PYTHON ?= python3.12

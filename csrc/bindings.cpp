@@ -45,8 +45,9 @@ TORCH_LIBRARY_IMPL(megatron_jam, CUDA, library) {
 }
 #endif
 
-// What works on numpy arrays and bytes.
+// What Python calls without torch's dispatcher.
 PYBIND11_MODULE(_C, module) {
+  jam::bind_guided_sampling(module);
   jam::bind_cm3(module);
   jam::bind_draw(module);
   jam::bind_packing(module);

@@ -42,6 +42,21 @@ void check_rows(const at::Tensor& yielded, bool may_be_empty = false) {
 
 }  // namespace
 
+GuidedDrawn draw(const GuidedCall& call, GuidedDraws draws, bool truncated) {
+  const int64_t num_rows = call.rows.num_rows;
+  const GuidedDrawn drawn{call.new_tensor({num_rows}, at::kLong),
+                          call.new_tensor({num_rows}, at::kFloat),
+                          truncated ? call.new_tensor({num_rows}, at::kFloat) : at::Tensor()};
+  draws.tokens = drawn.tokens.mutable_data_ptr<int64_t>();
+  draws.log_probability = drawn.log_probability.mutable_data_ptr<float>();
+  if (truncated) {
+    draws.truncated_log_probability = drawn.truncated_log_probability.mutable_data_ptr<float>();
+  }
+  device_of(call).sample(call, draws);
+  check_rows(drawn.tokens);
+  return drawn;
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> guided_sample(
     const at::Tensor& cond, const OptionalTensor& uncond, double guidance_scale, double temperature,
     double top_p, int64_t top_k, double min_p, const OptionalTensor& settings, int64_t legal_begin,
@@ -49,10 +64,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> guided_sample(
     const OptionalTensor& numbers, bool truncated) {
   const GuidedSettings all{guidance_scale, temperature, top_p, static_cast<double>(top_k), min_p};
   const GuidedCall call({cond, uncond, all, settings, legal_begin, legal_end, legal});
-  const int64_t num_rows = call.rows.num_rows;
-  const at::Tensor tokens = call.new_tensor({num_rows}, at::kLong);
-  const at::Tensor log_probability = call.new_tensor({num_rows}, at::kFloat);
-  const at::Tensor truncated_log = call.new_tensor({truncated ? num_rows : 0}, at::kFloat);
   GuidedDraws draws{};
   draws.seed = seed;
   draws.offset = offset;
@@ -61,12 +72,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> guided_sample(
     own_numbers = call.checked(*numbers, "numbers", 2, at::kLong);
     draws.numbers = own_numbers.const_data_ptr<int64_t>();
   }
-  draws.tokens = tokens.mutable_data_ptr<int64_t>();
-  draws.log_probability = log_probability.mutable_data_ptr<float>();
-  if (truncated) draws.truncated_log_probability = truncated_log.mutable_data_ptr<float>();
-  device_of(call).sample(call, draws);
-  check_rows(tokens);
-  return {tokens, log_probability, truncated_log};
+  const GuidedDrawn drawn = draw(call, draws, truncated);
+  return {drawn.tokens, drawn.log_probability,
+          truncated ? drawn.truncated_log_probability : call.new_tensor({0}, at::kFloat)};
 }
 
 at::Tensor guided_probabilities(const at::Tensor& cond, const OptionalTensor& uncond,

@@ -45,4 +45,14 @@ struct GuidedDevice {
 extern const GuidedDevice kGuidedCpu;
 extern const GuidedDevice kGuidedCuda;  // where the extension was built with CUDA
 
+// What a call yields: [rows] each.
+struct GuidedDrawn {
+  at::Tensor tokens, log_probability;
+  at::Tensor truncated_log_probability;  // undefined if not asked
+};
+
+// Draws with the seeds and offsets of `draws`, whose other members it sets. Raises a ValueError
+// that names the first row which cannot be drawn from.
+GuidedDrawn draw(const GuidedCall& call, GuidedDraws draws, bool truncated);
+
 }  // namespace jam

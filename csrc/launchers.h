@@ -40,7 +40,8 @@ at::Tensor guided_weights(const at::Tensor& cond, const OptionalTensor& uncond,
 
 at::Tensor weighted_average_cpu(const at::Tensor& a, const at::Tensor& b, double share);
 
-// Functions on numpy arrays of the extension module.
+// Functions of the extension module: a shorter way to guided sampling, and what takes numpy arrays.
+void bind_guided_sampling(pybind11::module_& module);
 void bind_cm3(pybind11::module_& module);
 void bind_draw(pybind11::module_& module);
 void bind_packing(pybind11::module_& module);

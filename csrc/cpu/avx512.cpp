@@ -1,16 +1,7 @@
 // Guided sampling with AVX-512: sixteen ids at a time.
-#include <algorithm>
-#include <cmath>
+#include "cpu/lanes.h"
 
-#include "cpu/workspace.h"
-#include "jam/backend.h"
-#include "jam/guided_draw.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-
-// GCC 12's own header sets variables to themselves (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
+#ifdef JAM_HAS_X86_LANES
 
 // For all that follows; what the headers above define is compiled for any CPU.
 #pragma GCC push_options
@@ -20,12 +11,11 @@ namespace jam {
 namespace {
 
 struct Lanes {
+  static constexpr const char* kName = "avx512";
   static constexpr int kWidth = 16;
   using Floats = __m512;
+  typedef uint32_t Ints __attribute__((vector_size(64)));
   using Mask = __mmask16;
-  struct Sum {
-    __m512d lower, upper;
-  };
 
   static Floats load(const float* from) { return _mm512_loadu_ps(from); }
   static Floats load(const BFloat16* from) {
@@ -37,10 +27,21 @@ struct Lanes {
   }
   static void store(float* to, Floats a) { _mm512_storeu_ps(to, a); }
   static Floats all(float a) { return _mm512_set1_ps(a); }
-  static Floats minus(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats rounded(Floats a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
   static float max_of(Floats a) { return _mm512_reduce_max_ps(a); }
+  static Floats where_above(Floats a, Floats floor) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, floor, _CMP_GT_OQ), a);
+  }
+
+  static Ints bits(Floats a) { return reinterpret_cast<Ints>(a); }
+  static Floats floats(Ints a) { return reinterpret_cast<Floats>(a); }
+  static uint32_t sum_of(Ints a) {
+    return static_cast<uint32_t>(_mm512_reduce_add_epi32(reinterpret_cast<__m512i>(a)));
+  }
 
   static Mask none() { return 0; }
   static Mask either(Mask a, Mask b) { return a | b; }
@@ -56,39 +57,9 @@ struct Lanes {
   static Floats select(Mask mask, Floats yes, Floats no) {
     return _mm512_mask_blend_ps(mask, no, yes);
   }
-
-  // As in avx2.cpp.
-  static Floats weights(Floats logits, Floats max, Floats scale) {
-    const Floats exponent = _mm512_mul_ps(_mm512_sub_ps(logits, max), scale);
-    const Floats shift = all(0x1.8p23f + kWeightBits);
-    const Floats shifted = _mm512_add_ps(exponent, shift);
-    const Floats f = _mm512_sub_ps(exponent, _mm512_sub_ps(shifted, shift));
-    Floats power = fused(all(kExp2C5), f, all(kExp2C4));
-    power = fused(power, f, all(kExp2C3));
-    power = fused(power, f, all(kExp2C2));
-    power = fused(power, f, all(kExp2C1));
-    power = fused(power, f, all(1.0f));
-    const __m512i whole = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-    power = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(power), whole));
-    const Mask some = _mm512_cmp_ps_mask(exponent, all(kSmallestExponent), _CMP_GT_OQ);
-    return _mm512_maskz_roundscale_ps(some, power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
-  static Floats where_above(Floats a, Floats floor) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, floor, _CMP_GT_OQ), a);
-  }
-  static Sum zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
-  static Sum add(Sum sum, Floats a) {
-    return {_mm512_add_pd(sum.lower, _mm512_cvtps_pd(_mm512_castps512_ps256(a))),
-            _mm512_add_pd(sum.upper, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)))};
-  }
-  static double sum_of(Sum sum) {
-    return _mm512_reduce_add_pd(_mm512_add_pd(sum.lower, sum.upper));
-  }
 };
 
 #include "cpu/guided_rows.h"
-
-constexpr Backend kBackend{"avx512", sample, probabilities, largest, weights};
 
 }  // namespace
 }  // namespace jam
@@ -107,8 +78,6 @@ const Backend* avx512_backend() {
 
 #else
 
-namespace jam {
-const Backend* avx512_backend() { return nullptr; }
-}  // namespace jam
+const jam::Backend* jam::avx512_backend() { return nullptr; }
 
 #endif

@@ -12,10 +12,14 @@ namespace jam {
 // links another OpenMP than torch's would run with a number of threads of its own.
 template <typename Work>
 void for_each_row(int64_t num_rows, const Work& work) {
-  const int threads = at::in_parallel_region()
+  const int threads = num_rows == 1 || at::in_parallel_region()
                           ? 1
                           : static_cast<int>(std::min<int64_t>(num_rows, at::get_num_threads()));
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  if (threads <= 1) {  // asking OpenMP costs as much as a short row
+    for (int64_t row = 0; row < num_rows; ++row) work(row);
+    return;
+  }
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < num_rows; ++row) work(row);
 }
 

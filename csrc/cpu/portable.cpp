@@ -1,19 +1,15 @@
 // Guided sampling in plain C++: one id at a time, on any CPU.
-#include <algorithm>
-#include <cmath>
-
-#include "cpu/workspace.h"
-#include "jam/backend.h"
-#include "jam/guided_draw.h"
+#include "cpu/lanes.h"
 
 namespace jam {
 namespace {
 
 struct Lanes {
+  static constexpr const char* kName = "portable";
   static constexpr int kWidth = 1;
   using Floats = float;
+  using Ints = uint32_t;
   using Mask = bool;
-  using Sum = double;
 
   template <typename Logit>
   static Floats load(const Logit* from) {
@@ -21,10 +17,15 @@ struct Lanes {
   }
   static void store(float* to, Floats a) { *to = a; }
   static Floats all(float a) { return a; }
-  static Floats minus(Floats a, Floats b) { return a - b; }
   static Floats fused(Floats a, Floats b, Floats c) { return jam::fused(a, b, c); }
+  static Floats rounded(Floats a) { return nearest(a); }
   static Floats max(Floats a, Floats b) { return a > b ? a : b; }
   static float max_of(Floats a) { return a; }
+  static Floats where_above(Floats a, Floats floor) { return a > floor ? a : 0.0f; }
+
+  static Ints bits(Floats a) { return bits_of(a); }
+  static Floats floats(Ints a) { return float_from_bits(a); }
+  static uint32_t sum_of(Ints a) { return a; }
 
   static Mask none() { return false; }
   static Mask either(Mask a, Mask b) { return a || b; }
@@ -33,19 +34,9 @@ struct Lanes {
   static Mask legal(const bool* from) { return *from; }
   static Mask not_below_infinity(Floats a) { return !(a < kInfinity); }
   static Floats select(Mask mask, Floats yes, Floats no) { return mask ? yes : no; }
-
-  static Floats weights(Floats logits, Floats max, Floats scale) {
-    return weight_of(logits, max, scale);
-  }
-  static Floats where_above(Floats a, Floats floor) { return a > floor ? a : 0.0f; }
-  static Sum zero() { return 0.0; }
-  static Sum add(Sum sum, Floats a) { return sum + a; }
-  static double sum_of(Sum sum) { return sum; }
 };
 
 #include "cpu/guided_rows.h"
-
-constexpr Backend kBackend{"portable", sample, probabilities, largest, weights};
 
 }  // namespace
 

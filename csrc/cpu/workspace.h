@@ -9,13 +9,14 @@
 namespace jam {
 
 struct Workspace {
-  float* weights = nullptr;                  // [padded number of ids]
-  float* largest = nullptr;                  // of each block
-  double *sums = nullptr, *above = nullptr;  // of each block: all weights, those above a floor
+  float* weights = nullptr;                   // [padded number of ids]
+  float* bounds = nullptr;                    // of each block: no weight of it is larger
+  int64_t *sums = nullptr, *above = nullptr;  // of each block: all weights, those above a floor
+  uint8_t* states = nullptr;                  // of each block
 
   // Room for `num_blocks` blocks of `block` ids; contents are undefined.
   void reserve(int64_t num_blocks, int64_t block) {
-    const int64_t bytes = num_blocks * (block * 4 + 4 + 8 + 8) + 4 * kAlignment;
+    const int64_t bytes = num_blocks * (block * 4 + 4 + 8 + 8 + 1) + 5 * kAlignment;
     if (bytes > size_) {
       size_ = (bytes + kAlignment - 1) / kAlignment * kAlignment;
       memory_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, size_)));
@@ -23,9 +24,10 @@ struct Workspace {
     }
     char* next = memory_.get();
     weights = take<float>(next, num_blocks * block);
-    sums = take<double>(next, num_blocks);
-    above = take<double>(next, num_blocks);
-    largest = take<float>(next, num_blocks);
+    bounds = take<float>(next, num_blocks);
+    sums = take<int64_t>(next, num_blocks);
+    above = take<int64_t>(next, num_blocks);
+    states = take<uint8_t>(next, num_blocks);
   }
 
  private:

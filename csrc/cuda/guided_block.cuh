@@ -87,7 +87,7 @@ class BlockRow {
     total_ = sum_above(0.0f);
   }
 
-  __device__ double sum_above(float floor) {
+  __device__ double sum_above(float floor, double = 0) {
     double own = 0;
     for (int i = begin_ + lane_of_thread(); i < end_; i += kWarpSize) {
       if (weights_[i] > floor) own += weights_[i];

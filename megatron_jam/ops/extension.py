@@ -1,6 +1,7 @@
 """Loads the compiled extension, whose import registers the operators `torch.ops.megatron_jam.*`.
 
-What works on numpy arrays and bytes stands here by name.
+What Python calls without torch's dispatcher stands here by name: what works on numpy arrays and
+bytes, and a shorter way to guided sampling.
 """
 
 import torch  # noqa: F401  (the extension needs its libraries)
@@ -13,6 +14,7 @@ try:
         Retrieval,
         differ,
         draw,
+        guided_sample,
         has_sha_lanes,
         pack_greedily,
         sha256_update,
@@ -30,6 +32,7 @@ __all__ = [
     "Retrieval",
     "differ",
     "draw",
+    "guided_sample",
     "has_sha_lanes",
     "pack_greedily",
     "sha256_update",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_jam.config.log import logger
-from megatron_jam.ops import extension  # noqa: F401  (registers the operators)
+from megatron_jam.ops import extension
 from megatron_jam.ops.reference import Settings
 
 # Not so where the extension was compiled without nvcc, against a torch that has CUDA.
@@ -80,8 +80,13 @@ def guided_sample(
             setting out of its range; or an argument has a wrong shape, dtype or device. On CUDA
             this check waits for the kernel.
     """
-    settings = Settings(guidance_scale, temperature, top_p, top_k, min_p)
-    return _by_operator(cond, uncond, settings, legal, seed, offset, truncated_log_probability)
+    settings = guidance_scale, temperature, top_p, top_k, min_p
+    draws = legal, seed, offset, truncated_log_probability
+    if not torch.compiler.is_compiling():
+        drawn = extension.guided_sample(cond, uncond, *settings, *draws)
+        if drawn is not None:
+            return GuidedSample._make(drawn)
+    return _by_operator(cond, uncond, Settings(*settings), *draws)
 
 
 def _by_operator(

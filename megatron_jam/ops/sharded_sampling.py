@@ -55,29 +55,22 @@ def guided_sample_sharded(
         ValueError: as guided_sample, on all ranks.
     """
     if group.size() == 1:
-        return guided_sample(
-            cond,
-            uncond,
-            legal=legal,
-            seed=seed,
-            offset=offset,
-            truncated_log_probability=truncated_log_probability,
-            **settings,
-        )
+        asked = {"truncated_log_probability": truncated_log_probability, **settings}
+        return guided_sample(cond, uncond, legal=legal, seed=seed, offset=offset, **asked)
     each = Settings(**settings)
+    first = group.rank() * cond.shape[1]
     legal = _own_range(legal, cond.shape[1], group)
+    if isinstance(legal, tuple) and legal[0] >= 0:  # the rest of the share is not looked at
+        own, legal = slice(*legal), None
+        first, cond = first + own.start, cond[:, own]
+        uncond = None if uncond is None else uncond[:, own]
     logits, ids = largest_logit(cond, uncond, each, legal)
-    largest, greedy = _largest(logits, ids, cond.shape[1], group)
-    rows = _Rows(weights_below(largest, cond, uncond, each, legal), group)
+    largest, greedy = _largest(logits, torch.where(ids < 0, ids, ids + first), group)
+    rows = _Rows(weights_below(largest, cond, uncond, each, legal), first, group)
     _, temperatures, top_ps, top_ks, min_ps = columns_of(each, cond, torch.float64).unbind(1)
 
     total = rows.sums.sum(1)
-    floor, nucleus = _min_p_floor(min_ps), top_ps * total
-    if bool((top_ks > 0).any()):
-        quota = torch.where(top_ks > 0, top_ks, math.inf)
-        kept = rows.floor_of(torch.full_like(quota, math.inf), quota)
-        nucleus = top_ps * rows.sums_above(kept).sum(1)
-        floor = torch.maximum(floor, kept)
+    floor, nucleus = rows.before_top_p(top_ps, top_ks, min_ps)
     numbers = columns_of((seed, offset), cond, torch.int64).tolist()
     tokens, weights = rows.draw(floor, nucleus, top_ps == 1, numbers)
 
@@ -93,10 +86,11 @@ def guided_sample_sharded(
 
 
 class _Rows:
-    """Weights float32 [rows, V / ranks] of this rank, and what all ranks know of all of them."""
+    """This rank's weights float32 [rows, ids], of the ids from `first` on, and what all ranks know
+    of all of them."""
 
-    def __init__(self, weights: Tensor, group: dist.ProcessGroup) -> None:
-        self.weights, self.group = weights, group
+    def __init__(self, weights: Tensor, first: int, group: dist.ProcessGroup) -> None:
+        self.weights, self.first, self.group = weights, first, group
         self.sums = _gather(weights.sum(1, dtype=torch.float64), group)
         """Of each rank's weights, float64 [rows, ranks]."""
 
@@ -104,6 +98,17 @@ class _Rows:
         """The sum of each rank's weights above `floor` [rows]: float64 [rows, ranks]."""
         above = torch.where(self.weights > floor[:, None], self.weights, 0.0)
         return _gather(above.sum(1, dtype=torch.float64), self.group)
+
+    def before_top_p(self, top_ps: Tensor, top_ks: Tensor, min_ps: Tensor) -> tuple[Tensor, Tensor]:
+        """The floor that top-k and min-p set, float32 [rows], and the sum below which larger
+        weights must stay, float64 [rows]."""
+        floor, kept_sum = _min_p_floor(min_ps), self.sums.sum(1)
+        if bool((top_ks > 0).any()):
+            quota = torch.where(top_ks > 0, top_ks, math.inf)
+            kept = self.floor_of(torch.full_like(quota, math.inf), quota)
+            kept_sum = self.sums_above(kept).sum(1)
+            floor = torch.maximum(floor, kept)
+        return floor, top_ps * kept_sum
 
     def draw(
         self, floor: Tensor, nucleus: Tensor, whole: Tensor, numbers: list[list[int]]
@@ -136,13 +141,14 @@ class _Rows:
         rank = self.group.rank()
         before = sums[:, :rank].sum(1)
         (own,) = torch.where((before <= target) & (target < before + sums[:, rank]))
-        weights = self.weights[own]
-        above = torch.where(weights > floor[own, None], weights, 0.0)
-        past = above.cumsum(1, dtype=torch.float64) > (target - before)[own, None]
-        index = past.int().argmax(1, keepdim=True)
-        first = rank * self.weights.shape[1]
         found = sums.new_zeros(len(sums), 2)
-        found[own] = torch.cat([(index + first).double(), weights.gather(1, index).double()], dim=1)
+        if len(own):
+            weights = self.weights[own]
+            above = torch.where(weights > floor[own, None], weights, 0.0)
+            past = above.cumsum(1, dtype=torch.float64) > (target - before)[own, None]
+            index = past.int().argmax(1, keepdim=True)
+            pair = (index + self.first).double(), weights.gather(1, index).double()
+            found[own] = torch.cat(pair, dim=1)
         dist.all_reduce(found, group=self.group)
         return found[:, 0].long(), found[:, 1]
 
@@ -183,9 +189,7 @@ class _Rows:
         return buckets
 
 
-def _largest(
-    logits: Tensor, ids: Tensor, share: int, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def _largest(logits: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """The largest logit of whole rows and its id: the lower one of equals."""
     pairs = _gather(torch.stack([logits.double(), ids.double()], dim=1), group)  # [rows, ranks, 2]
     for row, errors in enumerate(pairs[:, :, 1].tolist()):
@@ -197,7 +201,7 @@ def _largest(
     rank = (pairs[:, :, 0] == pairs.gather(1, rank[:, None, None].expand(-1, 1, 2))[:, :, 0]).int()
     rank = rank.argmax(1)
     found = pairs.gather(1, rank[:, None, None].expand(-1, 1, 2))[:, 0]
-    return found[:, 0].float(), found[:, 1].long() + rank * share
+    return found[:, 0].float(), found[:, 1].long()
 
 
 _MEANINGS = {  # of RowError

@@ -1,7 +1,9 @@
 """Draws have the exact probabilities, of their definition and of Hugging Face's processors."""
 
 import math
+import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,10 +89,19 @@ def test_draws_follow_the_exact_probabilities_of_image_codes(shape) -> None:
     check_cells(shape, 8192, scales=[3.5], top_ps=[0.5, 0.9, 1.0], num=20_000)
 
 
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """Rows over all cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [8192, 65536])
 @pytest.mark.parametrize("shape", ["peaked", "flat", "bimodal", "real"])
-def test_draws_follow_the_exact_probabilities_in_full(shape, vocabulary) -> None:
+def test_draws_follow_the_exact_probabilities_in_full(all_cores, shape, vocabulary) -> None:
     num = 200_000 if vocabulary == 8192 else 50_000
     check_cells(shape, vocabulary, scales=SCALES, top_ps=TOP_PS, num=num)
 
@@ -112,7 +123,7 @@ def test_a_million_draws_stay_in_the_nucleus() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [256, 8192])
-def test_ten_million_draws_stay_in_the_nucleus(vocabulary) -> None:
+def test_ten_million_draws_stay_in_the_nucleus(all_cores, vocabulary) -> None:
     outside_of(vocabulary, 10_000_000)
 
 

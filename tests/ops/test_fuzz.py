@@ -24,7 +24,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     stride, dtype = vocabulary + draw(st.integers(0, 5)), draw(st.sampled_from(DTYPES))
 
     def rows() -> Tensor:
-        scale = draw(st.sampled_from([0.0, 1e-3, 1.0, 8.0, 1e4]))
+        scale = draw(st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 8.0, 1e4]))
         values = torch.randn(2, stride, generator=generator) * scale
         for value in draw(st.lists(st.sampled_from(SPECIAL), max_size=3)):
             values[:, int(torch.randint(vocabulary, (), generator=generator))] = value

@@ -31,6 +31,7 @@ CASES = {
         "min_p": torch.tensor([0.0, 0.0, 0.1, 0.0, 0.0, 1.0]),
     },
 }
+SPANS = [(1020, 1030), (0, 900), (500, 4096), (4095, 4096)]
 RANGES = torch.tensor([[0, 4096], [1000, 1100], [1023, 1026], [4095, 4096], [0, 1], [2048, 3072]])
 
 
@@ -60,7 +61,7 @@ def counted_bytes() -> Iterator[list[int]]:
         yield sent
 
 
-def sharded(world: World) -> dict[str, Any]:
+def sharded(world: World) -> dict[Any, Any]:
     group = world.groups.tp
     share = VOCABULARY // group.size()
     own = slice(group.rank() * share, (group.rank() + 1) * share)
@@ -81,7 +82,10 @@ def sharded(world: World) -> dict[str, Any]:
     with counted_bytes() as sent:
         guided_sample_sharded(*pair, group=group, guidance_scale=3.5, top_p=1.0, **draws())
     found["bytes"] = sum(sent)
-    found["one range"] = guided_sample_sharded(*pair, group=group, legal=(1020, 1030), **draws())
+    for legal in SPANS:  # on one rank, on two, on all; a single id
+        found[legal] = guided_sample_sharded(
+            *pair, group=group, legal=legal, temperature=9.0, top_p=0.7, top_k=5, **draws()
+        )
     for name, bad, legal in (
         ("nan", torch.where(torch.arange(ROWS)[:, None] == 2, torch.nan, cond), None),
         ("none", torch.where(torch.arange(ROWS)[:, None] == 4, -torch.inf, cond), None),
@@ -108,9 +112,11 @@ def test_shards_draw_the_tokens_of_whole_rows(pool, ranks) -> None:
                 drawn = answer[f"{name}, {legal_name}"]
                 assert torch.equal(drawn.tokens, expected.tokens), (name, legal_name)
                 torch.testing.assert_close(drawn[1:], expected[1:], rtol=3e-7, atol=1e-12)
-    expected = guided_sample(cond, uncond, legal=(1020, 1030), **draws())
+    for legal in SPANS:
+        settings = {"temperature": 9.0, "top_p": 0.7, "top_k": 5}
+        expected = guided_sample(cond, uncond, legal=legal, **settings, **draws())
+        assert all(torch.equal(answer[legal].tokens, expected.tokens) for answer in answers)
     for answer in answers:
-        assert torch.equal(answer["one range"].tokens, expected.tokens)
         assert 0 < answer["bytes"] <= 50 * ROWS  # a share of logits has 4 V / ranks bytes a row
         assert answer["nan"] == "row 2: a logit of a legal id is NaN or +inf"
         assert answer["none"] == "row 4: no legal id has a logit above -inf"

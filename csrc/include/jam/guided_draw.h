@@ -2,9 +2,11 @@
 // and search them. On a GPU all threads of a block run this together.
 //
 // A Row has: settings() -> GuidedRow, max() -> the largest logit, id_of_max(), weigh(max),
-// weight(id), total() -> the sum of all weights; sum_above(floor), or restart() for all of them,
-// and then find_id(floor, target) -> the first id at which the running sum of the weights above
-// that floor exceeds the target; floor_of(quota) -> the floor of the weights that reach it.
+// weight(id), total() -> the sum of all weights; sum_above(floor, limit) -> the sum of the weights
+// above the floor, or, if that is less than the limit, anything less; sum_above(floor) -> the sum,
+// or restart() for all of them, and then find_id(floor, target) -> the first id at which the
+// running sum of the weights above that floor exceeds the target; floor_of(quota) -> the floor of
+// the weights that reach it.
 #pragma once
 
 #include <cmath>
@@ -58,7 +60,7 @@ JAM_DEVICE Drawn draw_of(Row& row, int64_t error, const GuidedDraws& draws, int6
     id = row.find_id(floor, uniform_of(draws, index, round) * sum);
     if (row.settings().top_p == 1) break;  // nothing to test
     floor = row.weight(id);
-    sum = row.sum_above(floor);
+    sum = row.sum_above(floor, before.nucleus);
     if (sum < before.nucleus) break;
   }
   const double weight = row.weight(id);

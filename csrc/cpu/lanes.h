@@ -1,0 +1,23 @@
+// What a set of instructions includes before its `Lanes` and cpu/guided_rows.h.
+//
+// Lanes are vectors of `kWidth` floats, on which + - * and, on their bits, + and << work as on one
+// float and its uint32_t.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "cpu/workspace.h"
+#include "jam/backend.h"
+#include "jam/guided_draw.h"
+
+#define JAM_INLINE __attribute__((always_inline))
+
+// GCC's pragmas choose instructions for a part of a file.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define JAM_HAS_X86_LANES
+// GCC 12's own header sets variables to themselves (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#endif
