@@ -25,7 +25,7 @@ TORCH_LIBRARY(megatron_jam, library) {
   library.def(("guided_probabilities" + kGuidedRows + ") -> Tensor").c_str());
   library.def(("guided_largest" + kGuidedRows + ") -> (Tensor logits, Tensor ids)").c_str());
   library.def(("guided_weights" + kGuidedRows + ", Tensor largest) -> Tensor").c_str());
-  library.def("weighted_average(Tensor a, Tensor b, float share) -> Tensor");
+  library.def("weighted_average(Tensor a, Tensor b, float share, Tensor(c!) out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(megatron_jam, CPU, library) {

@@ -38,7 +38,7 @@ at::Tensor guided_weights(const at::Tensor& cond, const OptionalTensor& uncond,
                           int64_t legal_end, const OptionalTensor& legal,
                           const at::Tensor& largest);
 
-at::Tensor weighted_average_cpu(const at::Tensor& a, const at::Tensor& b, double share);
+void weighted_average_cpu(const at::Tensor& a, const at::Tensor& b, double share, at::Tensor& out);
 
 // Functions of the extension module: a shorter way to guided sampling, and what takes numpy arrays.
 void bind_guided_sampling(pybind11::module_& module);

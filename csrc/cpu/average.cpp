@@ -1,7 +1,7 @@
 // Weighted averages on the CPU.
 #include "jam/average.h"
 
-#include <ATen/ops/empty_like.h>
+#include <ATen/core/Tensor.h>
 
 #include "launchers.h"
 
@@ -29,37 +29,41 @@ JAM_FOR_EACH_CPU void average(const double* a, const double* b, double* out, int
 }
 
 template <typename Value>
-void average_of(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, double share) {
-  average(static_cast<const Value*>(a.const_data_ptr()),
-          static_cast<const Value*>(b.const_data_ptr()),
-          static_cast<Value*>(out.mutable_data_ptr()), a.numel(), share);
+void average_rows(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, double share) {
+  const auto* first = static_cast<const Value*>(a.const_data_ptr());
+  const auto* second = static_cast<const Value*>(b.const_data_ptr());
+  auto* result = static_cast<Value*>(out.mutable_data_ptr());
+  if (out.is_contiguous()) return average(first, second, result, a.numel(), share);
+  const int64_t columns = out.size(1);
+  for (int64_t row = 0; row < out.size(0); ++row)
+    average(first + row * columns, second + row * columns, result + row * out.stride(0), columns,
+            share);
 }
 
 }  // namespace
 
-at::Tensor weighted_average_cpu(const at::Tensor& a, const at::Tensor& b, double share) {
+void weighted_average_cpu(const at::Tensor& a, const at::Tensor& b, double share, at::Tensor& out) {
   TORCH_CHECK_VALUE(a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type(),
                     "weighted_average: a is ", a.scalar_type(), " ", a.sizes(), ", b is ",
                     b.scalar_type(), " ", b.sizes());
+  TORCH_CHECK_VALUE(a.sizes() == out.sizes() && a.scalar_type() == out.scalar_type(),
+                    "weighted_average: a is ", a.scalar_type(), " ", a.sizes(), ", out is ",
+                    out.scalar_type(), " ", out.sizes());
+  TORCH_CHECK_VALUE(out.is_contiguous() || (out.dim() == 2 && out.stride(1) == 1),
+                    "weighted_average: out is neither contiguous nor a matrix of whole rows");
   const at::Tensor first = a.contiguous(), second = b.contiguous();
-  const at::Tensor out = at::empty_like(first);
   switch (a.scalar_type()) {
     case at::kBFloat16:
-      average_of<BFloat16>(first, second, out, share);
-      break;
+      return average_rows<BFloat16>(first, second, out, share);
     case at::kHalf:
-      average_of<Float16>(first, second, out, share);
-      break;
+      return average_rows<Float16>(first, second, out, share);
     case at::kFloat:
-      average_of<float>(first, second, out, share);
-      break;
+      return average_rows<float>(first, second, out, share);
     case at::kDouble:
-      average_of<double>(first, second, out, share);
-      break;
+      return average_rows<double>(first, second, out, share);
     default:
       TORCH_CHECK_VALUE(false, "weighted_average: ", a.scalar_type(), " is no number format here");
   }
-  return out;
 }
 
 }  // namespace jam

@@ -1,7 +1,8 @@
 """Tensors of a child as rows that are made when they are written, so that none is ever whole."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -9,9 +10,6 @@ from torch import Tensor
 from megatron_jam.ops.average import weighted_average
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.stream import Stored
-
-BLOCK_BYTES = 1 << 20
-"""Of rows that are made at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +22,32 @@ class Blocks:
     rows: Callable[[int, int], Tensor]
     """(start, stop) -> those rows."""
 
+    into: Callable[[Tensor, int, int], object] | None = None
+    """(out, start, stop): writes those rows to `out`, with one pass less than `rows`."""
+
     stored: Stored | None = None
     """Where it lies in a parent's file, if it is a parent's as it is."""
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """All rows, about BLOCK_BYTES at a time."""
-        if not self.shape[0]:
-            return
-        size = self.rows(0, 1)
-        step = max(1, BLOCK_BYTES // (size.numel() * size.element_size()))
-        for start in range(0, self.shape[0], step):
-            yield self.rows(start, min(start + step, self.shape[0]))
+    def fill(self, out: Tensor, start: int, stop: int) -> None:
+        """Write rows to `out`, in its dtype."""
+        if self.into is not None:
+            self.into(out, start, stop)
+        else:
+            out.copy_(self.rows(start, stop))
+
+
+def filled(
+    shape: tuple[int, ...], into: Callable[[Tensor, int, int], object], *parts: Blocks
+) -> Blocks:
+    """Rows by what writes them, of a dtype that holds those of all `parts`."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        dtypes = (part.rows(0, 0).dtype for part in parts)
+        out = torch.empty(stop - start, *shape[1:], dtype=reduce(torch.promote_types, dtypes))
+        into(out, start, stop)
+        return out
+
+    return Blocks(shape=shape, rows=rows, into=into)
 
 
 def held(tensor: Tensor) -> Blocks:
@@ -56,45 +69,49 @@ def average(a: Blocks, b: Blocks, share: float) -> Blocks:
     """share * a + (1 - share) * b."""
     assert a.shape == b.shape
     return Blocks(
-        shape=a.shape, rows=lambda i, j: weighted_average(a.rows(i, j), b.rows(i, j), share)
+        shape=a.shape,
+        rows=lambda i, j: weighted_average(a.rows(i, j), b.rows(i, j), share),
+        into=lambda out, i, j: weighted_average(a.rows(i, j), b.rows(i, j), share, out),
     )
 
 
 def beside(*parts: Blocks) -> Blocks:
     """Matrices side by side: the rows of all, one after the other."""
-    columns = sum(part.shape[1] for part in parts)
-    return Blocks(
-        shape=(parts[0].shape[0], columns),
-        rows=lambda i, j: torch.cat([part.rows(i, j) for part in parts], dim=1),
-    )
+    ends = [sum(part.shape[1] for part in parts[: n + 1]) for n in range(len(parts))]
+
+    def into(out: Tensor, start: int, stop: int) -> None:
+        for part, end in zip(parts, ends, strict=True):
+            part.fill(out[:, end - part.shape[1] : end], start, stop)
+
+    return filled((parts[0].shape[0], ends[-1]), into, *parts)
 
 
 def below(*parts: Blocks) -> Blocks:
     """Tensors one below the other."""
     ends = [sum(part.shape[0] for part in parts[: n + 1]) for n in range(len(parts))]
 
-    def rows(start: int, stop: int) -> Tensor:
-        found = [
-            part.rows(max(start - end + part.shape[0], 0), min(stop - end, 0) + part.shape[0])
-            for part, end in zip(parts, ends, strict=True)
-            if start < end and stop > end - part.shape[0]
-        ]
-        return found[0] if len(found) == 1 else torch.cat(found)
+    def into(out: Tensor, start: int, stop: int) -> None:
+        for part, end in zip(parts, ends, strict=True):
+            first = end - part.shape[0]
+            low, high = max(start, first), min(stop, end)
+            if low < high:
+                part.fill(out[low - start : high - start], low - first, high - first)
 
-    return Blocks(shape=(ends[-1], *parts[0].shape[1:]), rows=rows)
+    return filled((ends[-1], *parts[0].shape[1:]), into, *parts)
 
 
 def zeros_like(of: Blocks) -> Blocks:
     """Zeros of its shape and dtype."""
-    return Blocks(shape=of.shape, rows=lambda i, j: torch.zeros_like(of.rows(i, j)))
+    return filled(of.shape, lambda out, i, j: out.zero_(), of)
 
 
 def widened(of: Blocks, columns: int) -> Blocks:
     """A matrix with columns of zeros behind its own."""
     if of.shape[1] == columns:
         return of
-    fill = columns - of.shape[1]
-    return Blocks(
-        shape=(of.shape[0], columns),
-        rows=lambda i, j: torch.nn.functional.pad(of.rows(i, j), (0, fill)),
-    )
+
+    def into(out: Tensor, start: int, stop: int) -> None:
+        of.fill(out[:, : of.shape[1]], start, stop)
+        out[:, of.shape[1] :] = 0
+
+    return filled((of.shape[0], columns), into, of)

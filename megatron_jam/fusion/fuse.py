@@ -9,7 +9,6 @@ from typing import Any, Self
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.log import logger
 from megatron_jam.config.model import IMAGE, TEXT, ModelConfig
-from megatron_jam.fusion.blocks import Blocks
 from megatron_jam.fusion.certificate import ModelLogits, certify_fusion
 from megatron_jam.fusion.compatibility import Difference, check_parents
 from megatron_jam.fusion.cross import cross_config, cross_tensor
@@ -21,6 +20,7 @@ from megatron_jam.fusion.width import width_config, width_tensor
 from megatron_jam.models.parameters import num_parameters, parameter_table
 from megatron_jam.ops.sha256 import LANES
 from megatron_jam.weights.folder import FolderWriter, WeightsFolder, tokenizer_files
+from megatron_jam.weights.stream import Fill
 
 METHODS: dict[str, tuple[Callable, Callable]] = {
     "uniform": (uniform_config, uniform_tensor),
@@ -115,13 +115,13 @@ class Fusion:
             UsageError: a parent changed meanwhile.
         """
         compute = METHODS[self.parents.recipe.method][1]
-        alike: dict[tuple[int, ...], dict[str, Blocks]] = {}
+        alike: dict[tuple[int, ...], dict[str, Fill]] = {}
         for entry in parameter_table(self.parents.config):
             blocks = compute(entry, self.parents)
             if blocks.stored is not None and blocks.rows(0, 0).dtype == self.parents.dtype:
                 writer.copy(entry.name, blocks.stored)
                 continue
-            alike.setdefault(blocks.shape, {})[entry.name] = blocks
+            alike.setdefault(blocks.shape, {})[entry.name] = blocks.fill
             if len(alike[blocks.shape]) == LANES:
                 writer.write_together(alike.pop(blocks.shape))
         for tensors in alike.values():

@@ -9,7 +9,7 @@ One tensor for each logical weight under its canonical name; never fused, sharde
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +30,7 @@ from megatron_jam.config.files import (
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
-from megatron_jam.weights.stream import INDEX, Stored, TensorStream, read_header
+from megatron_jam.weights.stream import INDEX, Fill, Stored, TensorStream, read_header
 
 CONFIG, VOCABULARY, TOKENIZER = "config.json", "vocabulary.json", "tokenizer.json"
 PROVENANCE = "provenance.json"
@@ -220,8 +220,8 @@ class FolderWriter:
         """Write a tensor of its planned shape."""
         self._stream.write(name, tensor)
 
-    def write_together(self, tensors: Mapping[str, Iterable[Tensor]]) -> None:
-        """Write tensors of one shape, as rows one after the other in memory that stays as it is."""
+    def write_together(self, tensors: Mapping[str, Fill]) -> None:
+        """Write tensors of one shape, given by what writes their rows into a buffer."""
         self._stream.write_together(tensors)
 
     def copy(self, name: str, stored: Stored) -> None:

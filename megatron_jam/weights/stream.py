@@ -6,13 +6,15 @@ import json
 import os
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
@@ -28,9 +30,14 @@ JOURNAL = "journal.json"
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PIECE_BYTES = 2 << 20
-"""Written at once: small enough to be still in the cache when it is hashed."""
+"""Of a tensor in memory, written at once: still in the cache when it is hashed."""
+_BLOCK_BYTES = 1 << 20
+"""Of rows that are made at once."""
 _WAITING_BYTES = 8 << 20
 """Of pieces that may wait for their hash."""
+
+Fill = Callable[[Tensor, int, int], None]
+"""(out, start, stop): writes rows start .. stop - 1 of a tensor to `out`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,7 @@ class Stored:
 class TensorStream:
     """Writes tensors to planned places in as many files as it takes.
 
-    Hashes are computed by a second thread, while the first writes.
+    One thread makes rows, a second one writes them, a third one computes their hashes.
     """
 
     def __init__(
@@ -82,8 +89,10 @@ class TensorStream:
         self._resume = resume and _sha256_of([resume, str(dtype), self._shapes, file_bytes])
         self._whole: list[dict[str, str]] = []
         self._open: dict[int, _OpenFile] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hasher")
-        self._waiting: deque[tuple[Future, int]] = deque()
+        self._waiting: deque[tuple[list[Future], int, list[NDArray[np.uint8]]]] = deque()
+        self._free: list[NDArray[np.uint8]] = []
         self._digests: dict[str, Future | str] = {}
 
     def go_on(self) -> list[str]:
@@ -114,59 +123,75 @@ class TensorStream:
         return _header({name: self._shapes[name] for name in names}, self._dtype)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of its planned shape."""
+        """Write a tensor of its planned shape, which must stay as it is until :meth:`finish`."""
         assert tuple(tensor.shape) == self._shapes[name], f"{name}: shape {tuple(tensor.shape)}"
-        self.write_together({name: [tensor]})
+        data = memoryview(_bytes_of(tensor.detach().to("cpu", self._dtype).contiguous()))
+        digest, file = Sha256(1), self._file_of(name)
+        for start in range(0, len(data), _PIECE_BYTES):
+            piece = data[start : start + _PIECE_BYTES]
+            self._hand_over([(file, name, start, piece)], digest, [])
+        self._finish(name, self._hasher.submit(lambda: digest.hexdigests()[0]))
 
-    def write_together(self, tensors: Mapping[str, Iterable[Tensor]]) -> None:
-        """Write tensors of one shape, given as blocks of rows one after the other, side by side:
-        many are hashed faster together.
+    def write_together(self, tensors: Mapping[str, Fill]) -> None:
+        """Write tensors of one shape, some rows of each in turn: many are hashed faster together.
 
-        A block is written before the next one is asked for, but hashed some pieces later: blocks
-        must not share memory that is written again. Blocks of all have the same sizes.
+        Args:
+            tensors: by name, what writes rows into a buffer of their shape and the stream's dtype.
         """
-        (size,) = {self._bytes(name) for name in tensors}
+        (shape,) = {self._shapes[name] for name in tensors}
         files = {name: self._file_of(name) for name in tensors}
-        sources = {name: self._pieces(blocks) for name, blocks in tensors.items()}
-        digest, done = Sha256(len(tensors)), 0
-        while done < size:
-            pieces = []
-            for name, source in sources.items():
-                piece = next(source, memoryview(b""))
-                assert 0 < len(piece) <= size - done, f"{name}: {size - done} bytes are left"
-                files[name].write(name, done, piece)
-                pieces.append(piece)
-            done += len(pieces[0])
-            self._hash(digest, pieces)
-        for name, source in sources.items():
-            assert next(source, None) is None, f"{name}: more than {size} bytes"
+        row = max(1, torch.Size(shape[1:]).numel() * self._dtype.itemsize)
+        step = max(1, _BLOCK_BYTES // row)
+        digest = Sha256(len(tensors))
+        for start in range(0, shape[0], step):
+            stop = min(start + step, shape[0])
+            pieces: list[_Piece] = []
+            buffers: list[NDArray[np.uint8]] = []
+            for name, fill in tensors.items():
+                buffer = self._buffer(step * row)
+                piece = buffer[: (stop - start) * row]
+                rows = torch.from_numpy(piece).view(self._dtype)
+                fill(rows.view(stop - start, *shape[1:]), start, stop)
+                pieces.append((files[name], name, start * row, memoryview(piece)))
+                buffers.append(buffer)
+            self._hand_over(pieces, digest, buffers)
         found = self._hasher.submit(digest.hexdigests)
         for place, name in enumerate(tensors):
             self._finish(name, self._hasher.submit(lambda i=place: found.result()[i]))
 
-    def _pieces(self, blocks: Iterable[Tensor]) -> Iterator[memoryview]:
-        """The bytes of rows."""
-        for block in blocks:
-            data = _bytes_of(block.detach().to("cpu", self._dtype).contiguous())
-            for start in range(0, len(data), _PIECE_BYTES):
-                yield data[start : start + _PIECE_BYTES]
+    def _buffer(self, size: int) -> NDArray[np.uint8]:
+        """One of at least `size` bytes that nobody reads any more."""
+        found = self._free.pop() if self._free else np.empty(0, dtype=np.uint8)
+        return found if len(found) >= size else np.empty(max(size, _BLOCK_BYTES), dtype=np.uint8)
 
-    def _hash(self, digest: Sha256, pieces: Sequence[memoryview]) -> None:
-        self._waiting.append((self._hasher.submit(digest.update, pieces), sum(map(len, pieces))))
-        while len(self._waiting) > 1 and sum(n for _, n in self._waiting) > _WAITING_BYTES:
-            self._waiting.popleft()[0].result()
+    def _hand_over(
+        self, pieces: Sequence["_Piece"], digest: Sha256, buffers: list[NDArray[np.uint8]]
+    ) -> None:
+        """Have pieces written and hashed; `buffers` are free when they are."""
+        read = [piece for *_, piece in pieces]
+        jobs = [
+            self._writer.submit(_write_all, pieces),
+            self._hasher.submit(digest.update, read),
+        ]
+        self._waiting.append((jobs, sum(map(len, read)), buffers))
+        while len(self._waiting) > 1 and sum(n for _, n, _ in self._waiting) > _WAITING_BYTES:
+            self._await_first()
+
+    def _await_first(self) -> None:
+        jobs, _, buffers = self._waiting.popleft()
+        for job in jobs:
+            job.result()
+        self._free += buffers
 
     def copy(self, name: str, stored: Stored) -> None:
         """Write a tensor that lies as it is in another file.
 
         Raises:
-            UsageError: the file is shorter than it was.
+            UsageError: the file is shorter than it was; now, or in a later call.
         """
         assert stored.size == self._bytes(name), f"{name}: {stored.size} bytes"
-        file = self._file_of(name)
-        with stored.path.open("rb") as source:
-            if not file.copy(name, source.fileno(), stored):
-                raise UsageError(f"{stored.path} was cut off while it was read: run this again")
+        job = self._writer.submit(self._file_of(name).copy, name, stored)
+        self._waiting.append(([job], 0, []))
         self._finish(name, stored.sha256)
 
     def _file_of(self, name: str) -> "_OpenFile":
@@ -185,6 +210,8 @@ class TensorStream:
         number = self._number[name]
         if not all(each in self._digests for each in self._files[number]):
             return
+        while self._waiting:
+            self._await_first()
         self._open.pop(number).close()
         if self._resume and number == len(self._whole):
             hashes = self.hashes
@@ -219,7 +246,8 @@ class TensorStream:
 
     def close(self) -> None:
         """Let go of files and threads, also where tensors are missing."""
-        self._hasher.shutdown(cancel_futures=True)
+        for thread in (self._writer, self._hasher):
+            thread.shutdown(cancel_futures=True)
         for file in self._open.values():
             file.release()
         self._open.clear()
@@ -257,11 +285,12 @@ class _OpenFile:
                 done = os.pwrite(self._file, piece, place)
                 place, piece = place + done, piece[done:]
 
-    def copy(self, name: str, source: int, stored: Stored) -> bool:
-        """Copy a tensor within the kernel; whether the other file had so much."""
-        with writing(self._path):
+    def copy(self, name: str, stored: Stored) -> None:
+        """Copy a tensor within the kernel; UsageError if the other file has not so much."""
+        with stored.path.open("rb") as source, writing(self._path):
             os.lseek(self._file, self._places[name], os.SEEK_SET)
-            return _copy_range(source, stored.offset, self._file, stored.size)
+            if not _copy_range(source.fileno(), stored.offset, self._file, stored.size):
+                raise UsageError(f"{stored.path} was cut off while it was read: run this again")
 
     def close(self) -> None:
         """Have it on the disk."""
@@ -283,8 +312,17 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(_bytes_of(tensor)).hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy().reshape(-1))
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    return tensor.view(torch.uint8).numpy().reshape(-1)
+
+
+_Piece = tuple[_OpenFile, str, int, memoryview]
+"""(file, tensor, offset in it, bytes)."""
+
+
+def _write_all(pieces: Sequence[_Piece]) -> None:
+    for file, name, offset, piece in pieces:
+        file.write(name, offset, piece)
 
 
 def _copy_range(source: int, offset: int, target: int, size: int) -> bool:

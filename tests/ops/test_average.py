@@ -55,7 +55,21 @@ def test_unlike_dtypes_meet_in_one_that_holds_both() -> None:
     assert torch.equal(weighted_average(a, b, 0.5), torch.tensor([1.5]))
 
 
+def test_into_columns_of_a_matrix() -> None:
+    a, b = torch.arange(6.0).view(2, 3), torch.ones(2, 3)
+    whole = torch.full((2, 7), -1.0)
+    found = weighted_average(a, b, 0.25, whole[:, 2:5])
+    assert found.data_ptr() == whole[:, 2:].data_ptr()
+    assert torch.equal(whole[:, 2:5], a * 0.25 + 0.75)
+    assert torch.equal(whole[:, :2], torch.full((2, 2), -1.0))
+    assert torch.equal(whole[:, 5:], torch.full((2, 2), -1.0))
+
+
 def test_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="out is neither contiguous nor a matrix of whole rows"):
+        weighted_average(torch.ones(2, 2), torch.ones(2, 2), 0.5, torch.ones(2, 2, 2)[:, :, 0])
+    with pytest.raises(ValueError, match=r"a is Float \[2\], out is Double \[2\]"):
+        weighted_average(torch.ones(2), torch.ones(2), 0.5, torch.ones(2).double())
     with pytest.raises(ValueError, match=r"a is Float \[2\], b is Float \[3\]"):
         weighted_average(torch.ones(2), torch.ones(3), 0.5)
     with pytest.raises(ValueError, match="Int is no number format here"):
