@@ -32,6 +32,7 @@ def decoding_twin(chunks: Sequence[JamModel], world: World) -> tuple[list[JamMod
             chunk.model_config,
             replace(plain, device=torch.device("meta")),
             dtype=chunk.config.params_dtype,
+            main_gradients=False,
             chunk=number,
         )
         held = {holder.key: holder.parameter for holder in holders(chunk)}
