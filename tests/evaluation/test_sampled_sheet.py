@@ -1,5 +1,6 @@
 """A run draws its sheet at each validation, as its exported weights draw it, under any layout."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -49,6 +50,14 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("sheets")
     tokenizer(seed=0).save(root / "images")
     return run_material(root)
+
+
+@pytest.fixture
+def zero_pool() -> Iterator[WorkerPool]:
+    """Workers that end with the test: DeepSpeed keeps groups, and their threads, for good."""
+    workers = WorkerPool()
+    yield workers
+    workers.close()
 
 
 def tokenizer(*, seed: int, num_codes: int = 16) -> VqTokenizer:
@@ -146,15 +155,15 @@ def test_a_layout_that_cannot_decode_by_itself(
     ids=str,
 )
 def test_deepspeed_draws(
-    pool: WorkerPool, material: tuple[Path, Path], tmp_path: Path, kind: dict[str, Any]
+    zero_pool: WorkerPool, material: tuple[Path, Path], tmp_path: Path, kind: dict[str, Any]
 ) -> None:
     """Twice, and it goes on learning in between."""
     changes = {"engine": "deepspeed", "deepspeed": DeepSpeedConfig(**kind)}
     values = settings(material, tmp_path / "run", ParallelConfig(), **changes)
     values |= {"validate_every": HALF, "sheet": sheet(material, sampling=SAMPLING)}
-    check_drawing(pool, material, tmp_path / "run", values, 2)
+    check_drawing(zero_pool, material, tmp_path / "run", values, 2)
     plain = {**values, "output": tmp_path / "plain", "sheet": SheetConfig()}
-    pool.run(drawn, ParallelConfig(), plain, data=2)
+    zero_pool.run(drawn, ParallelConfig(), plain, data=2)
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 
 
