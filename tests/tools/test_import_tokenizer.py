@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Tokenizer
 
 from megatron_jam.data.prepare.text import load_text_folder
-from tests.tools.test_prepare import fails, run_tool
+from tests.helpers.commands import failure, run_tool
 
 TEXT = "Hello hello, héllo </s> \N{LEMON} <pad>"
 
@@ -57,11 +57,11 @@ def test_other_names_and_missing_ones(tmp_path):
 def test_wrong_ones_are_named(tmp_path, capsys):
     opt_files(tmp_path / "opt")
     arguments = "import_tokenizer", tmp_path / "opt", tmp_path / "out"
-    assert "has no token '<end>'" in fails(capsys, *arguments, "--eos", "<end>")
+    assert "has no token '<end>'" in failure(capsys, *arguments, "--eos", "<end>")
     vocab = json.loads((tmp_path / "opt/vocab.json").read_text())
     del vocab["a"]
     (tmp_path / "opt/vocab.json").write_text(json.dumps(vocab))
-    assert "lacks 1 of the 256 bytes, such as 'a'" in fails(capsys, *arguments)
+    assert "lacks 1 of the 256 bytes, such as 'a'" in failure(capsys, *arguments)
     (tmp_path / "opt/merges.txt").unlink()
-    assert "are no byte-level BPE" in fails(capsys, *arguments)
+    assert "are no byte-level BPE" in failure(capsys, *arguments)
     assert not (tmp_path / "out").exists()
