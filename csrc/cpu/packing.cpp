@@ -16,6 +16,30 @@ namespace py = pybind11;
 namespace jam {
 namespace {
 
+// A loop that is compiled for wider instructions too, of which the loader takes the CPU's widest.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define JAM_WIDE __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#else
+#define JAM_WIDE
+#endif
+
+JAM_WIDE void widen(const uint16_t* from, int64_t count, int32_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+template <typename Token>
+void widen(const Token* from, int64_t count, int32_t* to) {
+  std::copy(from, from + count, to);
+}
+
+JAM_WIDE void fill(int32_t* to, int64_t count, int32_t value) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+
+JAM_WIDE void compare(const int32_t* values, int64_t count, int32_t value, bool* differs) {
+  for (int64_t i = 0; i < count; ++i) differs[i] = values[i] != value;
+}
+
 template <typename Item>
 using Row = py::array_t<Item, py::array::c_style>;
 
@@ -113,7 +137,9 @@ class Reader {
   void use_for() {
     if (!py::isinstance<Row<Token>>(tokens_)) return;
     read_ = [](const void* tokens, auto... rest) {
-      return read_stream(static_cast<const Token*>(tokens), rest...);
+      return read_stream(
+          static_cast<const Token*>(tokens), rest...,
+          [](const Token* from, int64_t count, int32_t* to) { widen(from, count, to); }, fill);
     };
   }
 
@@ -132,10 +158,8 @@ Row<int64_t> pack(const Row<int64_t>& ends, int64_t block_size) {
 
 // Whether each of `values` is another than `value`.
 Row<bool> differ(const Row<int32_t>& values, int32_t value) {
-  const py::ssize_t size = values.size();
-  Row<bool> found(size);
-  std::transform(values.data(), values.data() + size, found.mutable_data(),
-                 [value](int32_t each) { return each != value; });
+  Row<bool> found(values.size());
+  compare(values.data(), values.size(), value, found.mutable_data());
   return found;
 }
 

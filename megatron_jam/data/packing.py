@@ -57,19 +57,29 @@ class StreamPacking:
         self._read = Reader(
             documents.all_tokens, documents.starts, self._epochs.retrieval, size=self._size, pad=0
         )
+        self._here: tuple[int, int, list[Order]] = (0, 0, [])
         self.epoch_size = num_tokens / context_length
         self.epoch_tokens = num_tokens
 
     def block(self, index: int) -> Block:
         """Block `index`. O(log documents), but an epoch's first."""
-        epoch, start = self._epochs.find(index * self._context_length)
+        start = index * self._context_length
+        begin, stop, orders = self._here
+        if not begin <= start < stop:
+            begin, stop, orders = self._here = self._around(start)
+        return Block(*self._read(orders, start - begin, self._size))
+
+    def _around(self, token: int) -> tuple[int, int, list[Order]]:
+        """The epoch's first token, the first behind it at which a block cannot begin that is read
+        as one at `token` is, and the orders of which that is read: more at an epoch's end."""
+        epoch, start = self._epochs.find(token)
         orders = [self._epochs(epoch)]
-        missing = start + self._size - orders[0].num_tokens
-        while missing > 0:
-            epoch += 1
-            orders.append(self._epochs(epoch))
-            missing -= orders[-1].num_tokens
-        return Block(*self._read(orders, start, self._size))
+        size = orders[0].num_tokens
+        while size < start + self._size:
+            orders.append(self._epochs(epoch + len(orders)))
+            size += orders[-1].num_tokens
+        begin = token - start
+        return begin, begin + min(orders[0].num_tokens, size - self._context_length), orders
 
 
 class DocumentPacking:

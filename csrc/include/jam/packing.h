@@ -52,11 +52,12 @@ void prefetch_stream(const Token* tokens, const int64_t* starts, const Retrieval
 }
 
 // Copies the stream's tokens [start, stop), which are in it, and numbers their documents from
-// `document` on; returns the number that the next document gets.
-template <typename Token>
+// `document` on; returns the number that the next document gets. The loops over tokens are the
+// caller's: copy(from, count, to) and fill(to, count, document).
+template <typename Token, typename Copy, typename Fill>
 int32_t read_stream(const Token* tokens, const int64_t* starts, const Retrieval* retrieval,
                     const Order& order, int64_t start, int64_t stop, int32_t document,
-                    int32_t* out_tokens, int32_t* out_documents) {
+                    int32_t* out_tokens, int32_t* out_documents, Copy copy, Fill fill) {
   // The documents lie anywhere in the file: all are asked for before the first is waited for.
   prefetch_stream(tokens, starts, retrieval, order, start, stop);
   int64_t latest = -1;
@@ -64,8 +65,9 @@ int32_t read_stream(const Token* tokens, const int64_t* starts, const Retrieval*
              [&](int64_t from, int64_t count, int64_t place) {
                document += latest >= 0 && place != latest;
                latest = place;
-               out_tokens = std::copy(tokens + from, tokens + from + count, out_tokens);
-               out_documents = std::fill_n(out_documents, count, document);
+               copy(tokens + from, count, out_tokens);
+               fill(out_documents, count, document);
+               out_tokens += count, out_documents += count;
              });
   // Most often the next block is read next.
   prefetch_stream(tokens, starts, retrieval, order, stop,

@@ -102,7 +102,7 @@ def prepare_until(place, counted, run):
     prepare_texts(run, HELD_OUT, 2000, 0.0)
 
 
-@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_ends_with_the_same_bytes(tmp_path, inputs, times):
     """At places that are drawn, not at times, which on a busy machine are all at the beginning."""
     prepare(inputs, tmp_path / "whole/x")
