@@ -70,8 +70,9 @@ class StreamPacking:
         return Block(*self._read(orders, start - begin, self._size))
 
     def _around(self, token: int) -> tuple[int, int, list[Order]]:
-        """The epoch's first token, the first behind it at which a block cannot begin that is read
-        as one at `token` is, and the orders of which that is read: more at an epoch's end."""
+        """(begin, stop, orders): blocks that begin at a token of begin .. stop - 1, as one at
+        `token` does, are read out of these orders, the first of which begins at `begin`; of more
+        than one where blocks reach over an epoch's end."""
         epoch, start = self._epochs.find(token)
         orders = [self._epochs(epoch)]
         size = orders[0].num_tokens
