@@ -44,11 +44,14 @@ def speed_over(
     pairs: int,
     before: tuple[Run, Run] = (nothing, nothing),
     warm: int = 2,
+    work: int = 1,
 ) -> Row:
     """How often as fast `ours` is as `peer`: peer's seconds over ours, pair by pair.
 
     Which of the two begins changes from pair to pair; `warm` pairs come first and do not count.
-    What is in `before` is called each time before the one or the other, and is not timed.
+    What is in `before` is called each time before the one or the other, and is not timed. `ours`
+    does `work` times as much as `peer`: where both take about as long, what else the machine does
+    falls on both alike.
     """
     ratios = []
     for number in range(pairs + warm):
@@ -56,7 +59,7 @@ def speed_over(
         for which in (0, 1) if number % 2 else (1, 0):
             before[which]()
             times[which] = seconds((ours, peer)[which])
-        ratios.append(times[1] / times[0])
+        ratios.append(work * times[1] / times[0])
     return row(name, ratios[warm:])
 
 
