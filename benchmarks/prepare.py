@@ -61,7 +61,7 @@ def main(
             *("--tokenizer-model", folder / "tokenizer"),
             *("--append-eod", "--workers", workers, "--log-interval", 10**9),
         )
-        row = speed_over("prepare_text over preprocess_data", ours, theirs, pairs=pairs)
+        row = speed_over("prepare_text over preprocess_data", ours, theirs, pairs=pairs, warm=1)
         row.print(as_json=json)
         same = (folder / "ours.bin").read_bytes() == (
             folder / "theirs_text_document.bin"
