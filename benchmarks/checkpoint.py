@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -38,6 +39,7 @@ from tools.drilled_run import make_material
 VOCABULARY = 16_384
 TOWER = TowerConfig(num_layers=4, hidden_size=512, num_heads=8)
 STEPS_OF_A_PAIR = 20
+NEVER = 1_000_000
 
 
 def main(
@@ -185,7 +187,7 @@ def small_run(world: World, root: Path) -> RunConfig:
     if world.rank == 0:
         make_material(root)
     dist.barrier()
-    changes = {"config": root / "run.yaml", "output": root / "run", "log_every": 1}
+    changes = {"config": root / "run.yaml", "output": root / "run"}
     changes |= {"steps": 100_000, "checkpoint_every": 0, "validate_every": 0, "dropout": 0}
     return load_run_config([f"--{name}={value}" for name, value in changes.items()])
 
@@ -206,7 +208,13 @@ def checks(config: RunConfig, world: World, pairs: int) -> list[Row]:
 
     Not the difference of whole steps with and without, which vary by more than all of this.
     """
-    last = LastStep()
+    name = f"milliseconds of logging and checks a step, {world.size} rank(s), "
+    cases = {"with a line": 1, "without one": NEVER}
+    return [row(name + case, _beyond(config, world, pairs, each)) for case, each in cases.items()]
+
+
+def _beyond(config: RunConfig, world: World, pairs: int, log_every: int) -> list[float]:
+    last, config = LastStep(), replace(config, log_every=log_every)
     training = Training(config, WeightsFolder(config.weights), world, lambda *_: {}, [last])
     training._prepare()
     engine, steps = training.engine, itertools.count()
@@ -217,8 +225,7 @@ def checks(config: RunConfig, world: World, pairs: int) -> list[Row]:
         norms = seconds(engine._part_norms) - seconds(engine.optimizer.get_grad_norm)
         return 1e3 * (taken + norms + seconds(lambda: training.health.judge(1.0, 1.0)))
 
-    found = [median(beyond() for _ in range(STEPS_OF_A_PAIR)) for _ in range(pairs + 1)]
-    return [row(f"milliseconds of logging and checks a step, {world.size} rank(s)", found[1:])]
+    return [median(beyond() for _ in range(STEPS_OF_A_PAIR)) for _ in range(pairs + 1)][1:]
 
 
 def _sync(path: Path) -> None:

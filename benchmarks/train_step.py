@@ -1,12 +1,13 @@
 """A training step of a tower over those of Megatron-Core and transformers, and of JAM-Cross over
 what its FLOPs make of a tower's.
 
-Width 512, 4 layers, ReLU, biases, fp32; forward, backward and AdamW, in turns in one process on
-one thread.
+Width 512, 4 layers, ReLU, biases, fp32; forward, backward, clipping and AdamW, in turns in one
+process on one thread.
 """
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.models import RATE, cross_config, our_step, random_tokens, tower_config
 from benchmarks.timing import Run, row, speed_over
@@ -21,6 +22,7 @@ CASES = {"a": (2, 512, 16_384), "b": (1, 2_048, 4_096)}
 """Batch, sequence length, vocabulary."""
 
 WIDTH, LAYERS, HEADS = 512, 4, 8
+CLIP_NORM = 1.0
 OPT = TowerConfig(
     num_layers=LAYERS, hidden_size=WIDTH, num_heads=HEADS, bias=True, affine_norm=True
 )
@@ -107,6 +109,7 @@ def megatron_step(world: World, *, batch: int, vocabulary: int, length: int) -> 
     def step() -> None:
         optimizer.zero_grad()
         model(tokens, positions, mask, labels=labels).mean().backward()
+        clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
 
     return step
@@ -137,6 +140,7 @@ def opt_step(*, batch: int, vocabulary: int, length: int) -> Run:
         optimizer.zero_grad()
         logits = model(input_ids=tokens).logits
         F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
 
     return step
