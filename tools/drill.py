@@ -13,6 +13,9 @@ from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import read_settings
 from megatron_jam.config.log import logger
+
+# As a script it would find its own folder alone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.drilled_run import DrilledRun, Finished, make_material
 
 
