@@ -95,21 +95,27 @@ def fuses_weight_gradients(device: torch.device) -> bool:
     return device.type == "cpu" or not find_apex_gradients().missing
 
 
-def fused_parts(device: torch.device, backend: str) -> list[Part]:
+def fused_parts(device: torch.device, backend: str, engine: str = "megatron") -> list[Part]:
     """Each part, what it uses on `device` with layers of `backend`, and what was found."""
-    from megatron.core.optimizer import Adam
+    from megatron.core import optimizer
 
-    engine, kernels = find_transformer_engine(), find_cuda_kernels()
+    transformer_engine, kernels = find_transformer_engine(), find_cuda_kernels()
     compiles = device.type == "cuda" and not kernels.missing
-    gradients = "added within the product" if fuses_weight_gradients(device) else "added apart"
+    is_megatron = engine == "megatron"
+    adam = optimizer.Adam if is_megatron else torch.optim.AdamW
+    fuses = is_megatron and fuses_weight_gradients(device)
     return [
-        Part(name="layers", uses=backend, found=str(engine)),
+        Part(name="layers", uses=backend, found=str(transformer_engine)),
         Part(
             name="Adam",
-            uses=f"{Adam.__module__}.{Adam.__name__}",
-            found=f"{engine}; {find_apex_adam()}",
+            uses=f"{adam.__module__}.{adam.__name__}",
+            found=f"{transformer_engine}; {find_apex_adam()}",
         ),
-        Part(name="weight gradients", uses=gradients, found=str(find_apex_gradients())),
+        Part(
+            name="weight gradients",
+            uses="added within the product" if fuses else "added apart",
+            found=str(find_apex_gradients()),
+        ),
         Part(name="csrc", uses="CUDA kernels" if compiles else "CPU kernels", found=str(kernels)),
     ]
 
@@ -119,7 +125,7 @@ def describe_parts(parts: Sequence[Part]) -> str:
     return " | ".join(f"{part.name}: {part.uses} (found: {part.found})" for part in parts)
 
 
-def environment(device: torch.device, backend: str) -> dict[str, Any]:
+def environment(device: torch.device, backend: str, engine: str = "megatron") -> dict[str, Any]:
     """What a run computes with, as plain JSON values."""
     return {
         "python": platform.python_version(),
@@ -127,7 +133,7 @@ def environment(device: torch.device, backend: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "megatron_core": version("megatron-core"),
         "device": device_name(device),
-        "parts": [asdict(part) for part in fused_parts(device, backend)],
+        "parts": [asdict(part) for part in fused_parts(device, backend, engine)],
     }
 
 

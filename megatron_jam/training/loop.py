@@ -175,7 +175,7 @@ class Training:
     def _prepare(self) -> int:
         """What stands before the first step; returns how many were made before."""
         config = self.config
-        log_start(self.chunks, self.world, backend=config.backend)
+        log_start(self.chunks, self.world, backend=config.backend, engine=config.engine)
         self._watchdog.progress(0, "checking and loading the newest checkpoint")
         resumed = self.checkpoints.load_latest(on_damage=config.on_damage)
         first = resumed.step
@@ -184,7 +184,12 @@ class Training:
         if self.world.rank == 0:
             config.output.mkdir(parents=True, exist_ok=True)
             config.save(config.output / "run.yaml")
-            save_environment(config.output / "environment.json", self.world, backend=config.backend)
+            save_environment(
+                config.output / "environment.json",
+                self.world,
+                backend=config.backend,
+                engine=config.engine,
+            )
         self._log_data()
         check_replicas(self.chunks, self.world)
         self.health.restore(resumed.counters.get("health", {}))

@@ -45,7 +45,7 @@ def check_replicas(chunks: Sequence[JamModel], world: World, step: int = 0) -> N
         raise CopiesDiffer(f"after step {step}: {what or 'copies of a weight on other ranks'}")
 
 
-def log_start(chunks: Sequence[JamModel], world: World, *, backend: str = "torch") -> None:
+def log_start(chunks: Sequence[JamModel], world: World, *, backend: str, engine: str) -> None:
     """Say how large the model is, how it is split, and which fused kernels are in use."""
     parallel = world.parallel
     logger.info(
@@ -59,12 +59,12 @@ def log_start(chunks: Sequence[JamModel], world: World, *, backend: str = "torch
         ", sequence parallel" if parallel.sequence else "",
         world.device,
     )
-    logger.info("%s", describe_parts(fused_parts(world.device, backend)))
+    logger.info("%s", describe_parts(fused_parts(world.device, backend, engine)))
 
 
-def save_environment(path: Path, world: World, *, backend: str) -> None:
+def save_environment(path: Path, world: World, *, backend: str, engine: str) -> None:
     """Write versions and the fused kernels in use as JSON, beside the run's settings."""
-    text = json.dumps(environment(world.device, backend), indent=2)
+    text = json.dumps(environment(world.device, backend, engine), indent=2)
     write_text_atomically(path, text + "\n")
 
 

@@ -116,6 +116,13 @@ def test_parts_of_a_run(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in line
 
 
+def test_deepspeed_brings_its_own_adam_and_no_fused_gradients(install: Any) -> None:
+    install("fused_weight_gradient_mlp_cuda")
+    for device in (CPU, CUDA):
+        parts = fused.fused_parts(device, "torch", "deepspeed")
+        assert [part.uses for part in parts[1:3]] == ["torch.optim.adamw.AdamW", "added apart"]
+
+
 def test_environment_is_json(install: Any) -> None:
     values = json.loads(json.dumps(fused.environment(CPU, "torch")))
     assert values["torch"] == torch.__version__
