@@ -65,13 +65,15 @@ def unfuse(weights: Path, tower: str, output: Path) -> ModelConfig:
 
 _TOLD = {
     True: "bit for bit the parent that was fused",
-    False: "not the parent that was fused, as it was no longer kept apart",
+    False: "not bit for bit the parent that was fused: what the model shares between its parents, "
+    "and its dtype, stay",
     None: "not compared: the model's provenance.json does not say what its parents were",
 }
 
 
 def _is_the_parent(found: WeightsFolder, child: WeightsFolder, tower: str) -> bool | None:
-    """Whether all tensors have the hashes that the parent's had; None if nobody wrote them down."""
+    """Whether all tensors have the hashes, dtype included, that the parent's had; None if nobody
+    wrote them down."""
     due = child.provenance.get("parents", {}).get(tower, {}).get("sha256")
     return None if due is None else found.sha256 == due
 

@@ -79,13 +79,25 @@ def test_a_shared_table_comes_back_as_the_child_has_it(tmp_path: Path) -> None:
         assert found.provenance["certificate"] == {"is_the_parent": False}
 
 
+def test_a_parent_in_another_dtype_is_not_called_the_same(tmp_path: Path) -> None:
+    paths = parents(tmp_path, OPT, OPT)
+    paths["image"] = pico_folder(tmp_path / "exact", OPT, seed=1, dtype=torch.float32)
+    fuse(FusionRecipe(method="cross", output=tmp_path / "child", **paths, **SEPARATE))
+    for name, is_parent in (("text", False), ("image", True)):
+        unfuse(tmp_path / "child", name, tmp_path / name / "back")
+        due, found = WeightsFolder(paths[name]), WeightsFolder(tmp_path / name / "back")
+        for each in due.names:
+            assert torch.equal(found.read(each), due.read(each).float()), each
+        assert found.provenance["certificate"] == {"is_the_parent": is_parent}
+
+
 def test_the_command_and_its_mistakes(tmp_path: Path) -> None:
     paths = parents(tmp_path, OPT, OPT)
     fuse(FusionRecipe(method="cross", output=tmp_path / "child", **paths))
     done = tool("unfuse", "child", "text", "back", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert WeightsFolder(tmp_path / "back").config.towers == OPT.towers
-    assert "certificate: not the parent that was fused" in done.stderr
+    assert "certificate: not bit for bit the parent that was fused: " in done.stderr
     made = pico_folder(tmp_path / "made", pico_config("separate"))
     unfuse(made, "text", tmp_path / "of made")
     certificate = WeightsFolder(tmp_path / "of made").provenance["certificate"]

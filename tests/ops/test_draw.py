@@ -58,6 +58,17 @@ def test_distribution(kind: Kind) -> None:
     assert low < most < high
 
 
+def test_the_far_quantiles_equal_the_reference() -> None:
+    """Numbers beyond 3.3 sigma, of which there is one in a thousand, out of a million."""
+    found = drawn("normal", 3, 0, 1_000_000, 1.0).numpy()
+    far = np.flatnonzero(np.abs(found) > 3.3)
+    assert 800 < len(far) < 1150  # 967 are expected, 31 their standard deviation
+    assert np.abs(found).max() > 4.5
+    extreme = far[np.argsort(-np.abs(found[far]))[:300]]
+    due = [reference.drawn("normal", 3, int(i), 1, 1.0)[0] for i in extreme]
+    assert np.array_equal(found[extreme], np.array(due))
+
+
 def test_quantiles_are_the_normal_distributions() -> None:
     """Of all u that there are, some thousand, among them the outermost."""
     normal = statistics.NormalDist()
