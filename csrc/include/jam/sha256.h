@@ -40,6 +40,21 @@ inline JAM_ALWAYS_INLINE ShaVector sha_rotated(ShaVector x, int by) {
   return (x >> by) | (x << (32 - by));
 }
 
+// Of the numbers of a and then b those that `which` says. Clang has no operation for it that takes
+// a vector, and makes one of the loop where it can.
+template <typename Vector>
+inline JAM_ALWAYS_INLINE Vector sha_shuffled(Vector a, Vector b, Vector which) {
+#ifdef __clang__
+  constexpr int kCount = sizeof(Vector) / sizeof(a[0]);
+  Vector out;
+  for (int i = 0; i < kCount; ++i)
+    out[i] = static_cast<int>(which[i]) < kCount ? a[which[i]] : b[which[i] - kCount];
+  return out;
+#else
+  return __builtin_shuffle(a, b, which);
+#endif
+}
+
 // Two rows of a square become columns of blocks of twice the size: log2(16) such steps transpose
 // it.
 template <int kSize>
@@ -53,8 +68,8 @@ inline JAM_ALWAYS_INLINE void sha_transpose_step(ShaVector* rows) {
   for (int i = 0; i < kShaLanes; ++i) {
     if (i & kSize) continue;
     const ShaVector a = rows[i], b = rows[i + kSize];
-    rows[i] = __builtin_shuffle(a, b, upper);
-    rows[i + kSize] = __builtin_shuffle(a, b, lower);
+    rows[i] = sha_shuffled(a, b, upper);
+    rows[i + kSize] = sha_shuffled(a, b, lower);
   }
 }
 
@@ -68,7 +83,7 @@ inline JAM_ALWAYS_INLINE void sha_load(const uint8_t* const* messages, size_t at
     ShaBytes block;
     memcpy(&block, messages[lane] + at, kShaBlock);
     __builtin_prefetch(messages[lane] + at + kShaAhead);
-    block = __builtin_shuffle(block, swapped);
+    block = sha_shuffled(block, block, swapped);
     memcpy(&words[lane], &block, kShaBlock);
   }
   sha_transpose_step<1>(words);
