@@ -171,6 +171,7 @@ class Epochs:
         self._cache = cache or IndexCache(None)
         self._inputs = self._cache.digest(*documents.layout()), retrieved, longest
         self._latest = _Latest(self._order)
+        self._lengths = _Latest(self._drawn_lengths, num_kept=2)
         self._running = _Running(self.num_tokens)
 
     def __call__(self, epoch: int) -> Order:
@@ -187,7 +188,7 @@ class Epochs:
             return divmod(token, self._documents.num_tokens)
         return self._running.find(token)
 
-    def _lengths(self, epoch: int) -> NDArray[np.integer]:
+    def _drawn_lengths(self, epoch: int) -> NDArray[np.integer]:
         if self.retrieval is None:
             return self._documents.lengths
         return self.retrieval.lengths(self._draws(epoch))

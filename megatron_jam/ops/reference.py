@@ -4,13 +4,17 @@ Every float32 operation is rounded by itself or fused where :func:`fused` says s
 integers whose float64 sums are exact in any order, so that a draw is the same on every backend.
 """
 
+import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+T = TypeVar("T")
 
 WEIGHT_BITS = 36  # the largest logit of a row weighs 2^36; 2^17 ids sum exactly in float64
 SMALLEST_EXPONENT = -40.0  # what is below weighs less than a half, so nothing
@@ -211,6 +215,26 @@ def philox_uniform(seed: int, offset: int, round_: int) -> float:
         x2, x3 = product0 >> 32 ^ x3 ^ key1, product0 & mask
         key0, key1 = key0 + 0x9E3779B9 & mask, key1 + 0xBB67AE85 & mask
     return ((x1 << 32 | x0) >> 11) * 2.0**-53
+
+
+def retrieved_in_front(
+    retrieved: Sequence[T], *, most: int, is_drawn: bool, seed: int, document: int
+) -> list[T]:
+    """Which retrieved documents a run lays out in front of `document`, and in which order.
+
+    The beginning of a Fisher-Yates shuffle by Philox's numbers (seed, document, 0, 1, ...), of
+    which the first says how many there are of 0 .. `most`, if that is drawn too.
+    """
+    if not retrieved:
+        return []
+    uniforms = (philox_uniform(seed, document, i) for i in itertools.count())
+    left, number = list(retrieved), min(most, len(retrieved))
+    if is_drawn:
+        number = int(next(uniforms) * (number + 1))
+    for i in range(number):
+        j = i + int(next(uniforms) * (len(left) - i))
+        left[i], left[j] = left[j], left[i]
+    return left[:number]
 
 
 def weighted_average(a: Tensor, b: Tensor, share: float) -> Tensor:

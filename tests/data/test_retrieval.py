@@ -13,7 +13,7 @@ from megatron_jam.data.packing import DocumentPacking, StreamPacking, shuffled
 from megatron_jam.data.prepare.merging import select
 from megatron_jam.data.sample import sample_key
 from megatron_jam.data.upkeep import merge_sets, verify_set
-from megatron_jam.ops.reference import philox_uniform
+from megatron_jam.ops.reference import retrieved_in_front
 from megatron_jam.tokenizers.document import caption_image_document, caption_image_sequences
 from tests.data.small import PAD, VOCABULARY, codes, make_set, pair_documents, text_ids
 
@@ -36,17 +36,13 @@ def write(prefix, made):
 
 
 def chosen(retrieved, config, key, number):
-    """The specification: the beginning of a Fisher-Yates shuffle by Philox's numbers."""
-    uniforms = (philox_uniform(key, number, i) for i in range(100))
-    left, size = list(retrieved), min(config.most, len(retrieved))
-    if not retrieved:
-        return []
-    if config.number == "drawn":
-        size = int(next(uniforms) * (size + 1))
-    for i in range(size):
-        j = i + int(next(uniforms) * (len(left) - i))
-        left[i], left[j] = left[j], left[i]
-    return left[:size]
+    return retrieved_in_front(
+        retrieved,
+        most=config.most,
+        is_drawn=config.number == "drawn",
+        seed=key,
+        document=number,
+    )
 
 
 def epoch_documents(made, config, epoch):
@@ -99,6 +95,18 @@ def test_whole_documents_as_they_are_drawn(tmp_path, config):
         found += [block.tokens[block.documents == number].tolist() for number in numbers]
         index += 1
     assert found == [each.tolist() for each in due]
+
+
+def test_lengths_are_drawn_once_an_epoch(tmp_path, monkeypatch):
+    asked = []
+    opened = write(tmp_path / "x", records())
+    packing = StreamPacking(opened, context_length=64, seed=SEED, retrieved=DRAWN)
+    drawn = packing._epochs._drawn_lengths
+    lengths = packing._epochs._lengths
+    monkeypatch.setattr(lengths, "_function", lambda epoch: asked.append(epoch) or drawn(epoch))
+    for index in range(int(3.5 * packing.epoch_size)):
+        packing.block(index)
+    assert asked == [1, 2, 3]  # the first was, to know the set's size
 
 
 def test_every_number_and_every_choice_is_as_likely(tmp_path):
