@@ -2,8 +2,8 @@
 
 The peer is what metaseq's CausalMaskedDocumentToSequenceDataset (metaseq/data/cm3_dataset.py,
 f7ffa5f) does to a block, said again in our words with the same operations of torch and numpy: its
-parent class, which packs blocks, is left out. Ours reads and gives int32 tokens and the document of
-each; metaseq's reads and gives int64 tokens.
+parent class, which packs blocks, is left out. Ours is what training calls: it reads and gives int32
+tokens and which document they are of, run by run; metaseq's reads and gives int64 tokens.
 """
 
 import itertools
@@ -65,7 +65,7 @@ class Ours:
 
     def __init__(self, config: Cm3Config, blocks: int) -> None:
         documents = np.repeat(np.arange(LENGTH // DOCUMENT, dtype=np.int32), DOCUMENT)
-        self._block = Block(tokens(), documents)
+        self._block = Block.of(tokens(), documents)
         self._transform = Cm3Transform(VOCABULARY, config)
         self._blocks = blocks
         self._numbers = itertools.count()

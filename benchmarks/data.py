@@ -1,14 +1,17 @@
 """Reading samples and building indexes over Megatron-Core's data path; one thread.
 
 Samples are of 4,097 tokens from documents of 1,000 tokens on average, which stand shuffled; they
-are read one after the other, as in training, from a file in memory; ours are int32 tokens, labels,
-mask and documents, GPTDataset's int64. Indexes are of ten million documents.
+are read one after the other, as in training, from a file in memory. A sample of ours is what
+_query_document_sample_shuffle_indices gives, int32 tokens and their documents; with its labels and
+loss mask it is what __getitem__ gives, and batches of samples are what a training step is given:
+GPTDataset's through torch's default_collate. Indexes are of ten million documents.
 """
 
 import itertools
 import resource
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,17 +22,21 @@ from jsonargparse.typing import PositiveInt
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, _IndexWriter
 from megatron.core.datasets.utils import Split
+from torch.utils.data import default_collate
 
 from benchmarks.timing import seconds, speed_over
 from megatron_jam.config.cli import run_command
 from megatron_jam.data.index_file import TokenWriter, read_index
 from megatron_jam.data.indexed import IndexedSet, open_set, write_set
+from megatron_jam.data.loader import collate
 from megatron_jam.data.packing import DocumentPacking, StreamPacking
-from megatron_jam.data.sample import CausalDataset
+from megatron_jam.data.sample import CausalDataset, Sample
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 
 LENGTH, DOCUMENTS = 4_096, 20_000
+BATCH = 4
 MANY = 10_000_000
+Make = Callable[[range], object]
 VOCABULARY = JointVocabulary.build(text_size=56_320, num_image_codes=8_192, num_sentinels=512)
 
 
@@ -38,7 +45,7 @@ def main(*, pairs: PositiveInt = 9, samples: PositiveInt = 2_000, json: bool = F
 
     Args:
         pairs: how often each is run.
-        samples: samples that a run of the peer reads; one of ours reads 4 or 12 times as many.
+        samples: samples that a run of the peer reads; one of ours reads 6 or 12 times as many.
         json: one line of JSON a row (name, ratio, spread) in place of text.
     """
     torch.set_num_threads(1)
@@ -56,17 +63,42 @@ def _samples(prefix: str, pairs: int, samples: int, json: bool) -> None:
         StreamPacking(opened, context_length=LENGTH, seed=(0,)), pad=VOCABULARY.pad
     )
     theirs = _gpt_dataset(prefix)
-    size = min(len(theirs), int(ours.epoch_size)) - 1
+    query = theirs._query_document_sample_shuffle_indices
+    starts = range(0, min(len(theirs), int(ours.epoch_size)) - BATCH, BATCH)
 
-    def run(read, numbers, count) -> None:
-        for number in itertools.islice(numbers, count):
-            read(number)
+    def run(make: Make, starts: Iterator[int], count: int) -> None:
+        for start in itertools.islice(starts, count):
+            make(range(start, start + BATCH))
 
-    name = "sample over GPTDataset."
-    for peer, work in (("_query_document_sample_shuffle_indices", 4), ("__getitem__", 12)):
-        mine = partial(run, ours.sample, itertools.cycle(range(size)), work * samples)
-        other = partial(run, getattr(theirs, peer), itertools.cycle(range(size)), samples)
-        speed_over(name + peer, mine, other, pairs=pairs, work=work).print(as_json=json)
+    rows: list[tuple[str, Make, Make, int]] = [
+        (
+            "sample over GPTDataset._query_document_sample_shuffle_indices",
+            lambda numbers: [ours.sample(number) for number in numbers],
+            lambda numbers: [query(number) for number in numbers],
+            6,
+        ),
+        (
+            "sample with labels and mask over GPTDataset.__getitem__",
+            lambda numbers: [_with_labels(ours.sample(number)) for number in numbers],
+            lambda numbers: [theirs[number] for number in numbers],
+            12,
+        ),
+        (
+            f"batch of {BATCH} over GPTDataset's and default_collate",
+            lambda numbers: collate([ours.sample(number) for number in numbers]),
+            lambda numbers: default_collate([theirs[number] for number in numbers]),
+            6,
+        ),
+    ]
+    for name, ours_make, theirs_make, work in rows:
+        count = samples // BATCH
+        mine = partial(run, ours_make, itertools.cycle(starts), work * count)
+        other = partial(run, theirs_make, itertools.cycle(starts), count)
+        speed_over(name, mine, other, pairs=pairs, work=work).print(as_json=json)
+
+
+def _with_labels(sample: Sample) -> tuple[np.ndarray, ...]:
+    return sample.tokens, sample.labels, sample.loss_mask
 
 
 def _gpt_dataset(prefix: str) -> GPTDataset:

@@ -1,7 +1,6 @@
 // Rows of tokens out of memory-mapped sets, as numpy arrays.
 #include "jam/packing.h"
 
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -9,19 +8,14 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/numpy_rows.h"
+#include "jam/wide.h"
 #include "launchers.h"
 
 namespace py = pybind11;
 
 namespace jam {
 namespace {
-
-// A loop that is compiled for wider instructions too, of which the loader takes the CPU's widest.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define JAM_WIDE __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
-#else
-#define JAM_WIDE
-#endif
 
 JAM_WIDE void widen(const uint16_t* from, int64_t count, int32_t* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
@@ -31,17 +25,6 @@ template <typename Token>
 void widen(const Token* from, int64_t count, int32_t* to) {
   std::copy(from, from + count, to);
 }
-
-JAM_WIDE void fill(int32_t* to, int64_t count, int32_t value) {
-  for (int64_t i = 0; i < count; ++i) to[i] = value;
-}
-
-JAM_WIDE void compare(const int32_t* values, int64_t count, int32_t value, bool* differs) {
-  for (int64_t i = 0; i < count; ++i) differs[i] = values[i] != value;
-}
-
-template <typename Item>
-using Row = py::array_t<Item, py::array::c_style>;
 
 // Arrays of an order, kept alive.
 struct OrderRows {
@@ -85,9 +68,10 @@ struct RetrievalRows {
 // Reads blocks of `size` tokens out of a set.
 class Reader {
  public:
-  Reader(py::array tokens, Row<int64_t> starts, const RetrievalRows* retrieval, int64_t size,
-         int32_t pad)
-      : tokens_(std::move(tokens)),
+  Reader(py::type block, py::array tokens, Row<int64_t> starts, const RetrievalRows* retrieval,
+         int64_t size, int32_t pad)
+      : make_block_(std::move(block)),
+        tokens_(std::move(tokens)),
         starts_(std::move(starts)),
         retrieval_(retrieval ? std::optional(*retrieval) : std::nullopt),
         size_(size),
@@ -97,52 +81,50 @@ class Reader {
     if (!read_) throw py::type_error("Reader: tokens must be a row of integers");
   }
 
-  // Tokens and documents, counted from 0, of a block: `count` tokens of the orders' streams in a
-  // row, from token `start` of the first on, then padding as one more document.
-  py::tuple read(const py::list& orders, int64_t start, int64_t count) const {
+  // The block of `count` tokens of the orders' streams in a row, from token `start` of the first
+  // on; then padding as one more document.
+  py::object read(const py::list& orders, int64_t start, int64_t count) const {
     std::vector<const Order*> streams;
     for (const py::handle& each : orders) streams.push_back(&each.cast<const OrderRows&>().order);
     if (start < 0 || count < 0 || count > size_) {
       throw py::value_error("Reader: start or count is out of range");
     }
-    Row<int32_t> out_tokens(size_), out_documents(size_);
+    Row<int32_t> out_tokens(size_);
     int32_t* const tokens = out_tokens.mutable_data();
-    int32_t* const documents = out_documents.mutable_data();
-    int64_t filled = 0;
+    Runs runs;
     {
       const py::gil_scoped_release others_run;  // a page of the file may have to be read from disk
       const Retrieval* const retrieval = retrieval_ ? &retrieval_->retrieval : nullptr;
-      int32_t document = 0;
       for (const Order* const order : streams) {
-        const int64_t stop = std::min(order->num_tokens(), start + count - filled);
+        const int64_t stop = std::min(order->num_tokens(), start + count - runs.size());
         if (start < stop) {
-          document = read_(tokens_.data(), starts_.data(), retrieval, *order, start, stop, document,
-                           tokens + filled, documents + filled);
-          filled += stop - start;
+          read_(tokens_.data(), starts_.data(), retrieval, *order, start, stop, tokens, runs);
         }
         start = 0;
       }
-      std::fill(tokens + filled, tokens + size_, pad_);
-      std::fill(documents + filled, documents + size_, document);
     }
-    if (filled < count) throw py::value_error("Reader: the orders have too few tokens");
-    return py::make_tuple(std::move(out_tokens), std::move(out_documents));
+    if (runs.size() < count) throw py::value_error("Reader: the orders have too few tokens");
+    std::fill(tokens + count, tokens + size_, pad_);
+    runs.append(runs.next_document(), size_ - count);
+    return make_block_(std::move(out_tokens), array_of(runs), 0);
   }
 
  private:
-  using Read = int32_t (*)(const void*, const int64_t*, const Retrieval*, const Order&, int64_t,
-                           int64_t, int32_t, int32_t*, int32_t*);
+  using Read = void (*)(const void*, const int64_t*, const Retrieval*, const Order&, int64_t,
+                        int64_t, int32_t*, Runs&);
 
   template <typename Token>
   void use_for() {
     if (!py::isinstance<Row<Token>>(tokens_)) return;
-    read_ = [](const void* tokens, auto... rest) {
-      return read_stream(
-          static_cast<const Token*>(tokens), rest...,
-          [](const Token* from, int64_t count, int32_t* to) { widen(from, count, to); }, fill);
+    read_ = [](const void* tokens, const int64_t* starts, const Retrieval* retrieval,
+               const Order& order, int64_t start, int64_t stop, int32_t* out_tokens, Runs& runs) {
+      read_stream(static_cast<const Token*>(tokens), starts, retrieval, order, start, stop,
+                  out_tokens, runs,
+                  [](const Token* from, int64_t count, int32_t* to) { widen(from, count, to); });
     };
   }
 
+  BlockMaker make_block_;
   py::array tokens_;
   Row<int64_t> starts_;
   std::optional<RetrievalRows> retrieval_;
@@ -154,13 +136,6 @@ class Reader {
 Row<int64_t> pack(const Row<int64_t>& ends, int64_t block_size) {
   const std::vector<int64_t> starts = pack_greedily(ends.data(), ends.size(), block_size);
   return Row<int64_t>(static_cast<py::ssize_t>(starts.size()), starts.data());
-}
-
-// Whether each of `values` is another than `value`.
-Row<bool> differ(const Row<int32_t>& values, int32_t value) {
-  Row<bool> found(values.size());
-  compare(values.data(), values.size(), value, found.mutable_data());
-  return found;
 }
 
 }  // namespace
@@ -178,12 +153,11 @@ void bind_packing(py::module_& module) {
            py::arg("edges").noconvert(), py::kw_only(), py::arg("most"), py::arg("drawn"))
       .def("lengths", &RetrievalRows::lengths, py::arg("seed"));
   py::class_<Reader>(module, "Reader")
-      .def(py::init<py::array, Row<int64_t>, const RetrievalRows*, int64_t, int32_t>(),
-           py::arg("tokens"), py::arg("starts").noconvert(), py::arg("retrieval"), py::kw_only(),
-           py::arg("size"), py::arg("pad"))
-      .def("__call__", &Reader::read, py::arg("orders"), py::arg("start"), py::arg("count"));
+      .def(py::init<py::type, py::array, Row<int64_t>, const RetrievalRows*, int64_t, int32_t>(),
+           py::arg("block"), py::arg("tokens"), py::arg("starts").noconvert(), py::arg("retrieval"),
+           py::kw_only(), py::arg("size"), py::arg("pad"))
+      .def("read", &Reader::read, py::arg("orders"), py::arg("start"), py::arg("count"));
   module.def("pack_greedily", &pack, py::arg("ends").noconvert(), py::arg("block_size"));
-  module.def("differ", &differ, py::arg("values").noconvert(), py::arg("value"));
 }
 
 }  // namespace jam

@@ -53,7 +53,8 @@ class Blend:
     def sample(self, index: int) -> Sample:
         """Sample `index`."""
         number, local = self.locate(index)
-        return self._datasets[number].sample(local)._replace(index=index, dataset=number)
+        block, pad, _, _, counted = self._datasets[number].sample(local)
+        return Sample(block, pad, index, number, counted)
 
     def counts(self, num_samples: int) -> list[int]:
         """How many of the first `num_samples` samples are each set's."""

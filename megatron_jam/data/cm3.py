@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_jam.config.data import Cm3Config
-from megatron_jam.data.sample import Block, Packing, Sample, sample_from_block, sample_key
+from megatron_jam.data.sample import Block, Packing, Sample, sample_key
 from megatron_jam.ops.extension import Cm3
 from megatron_jam.tokenizers.vocabulary import IMAGE, TEXT, JointVocabulary
 
@@ -17,6 +17,7 @@ class Cm3Transform:
     def __init__(self, vocabulary: JointVocabulary, config: Cm3Config) -> None:
         """Draw spans as `config` says."""
         self._transform = Cm3(
+            block=Block,
             mean_spans=config.mean_spans,
             max_spans=min(config.max_spans, vocabulary.sentinels.size),
             mask_whole_caption=config.mask_whole_caption,
@@ -29,7 +30,7 @@ class Cm3Transform:
             text=TEXT,
             image=IMAGE,
             modality=vocabulary.modality,
-        )
+        ).transform
 
     def __call__(self, block: Block, *, seed: int, index: int) -> Block:
         """The block of the same size that (seed, index) makes of `block`, 64-bit integers both.
@@ -37,7 +38,7 @@ class Cm3Transform:
         It is `block` itself if nothing moves. :func:`undo_cm3` is the inverse, without the
         `dropped` tokens at the end that had to make room.
         """
-        return Block._make(self._transform(block.tokens, block.documents, seed, index))
+        return self._transform(block.tokens, block.runs, seed, index)
 
 
 def undo_cm3(block: Block, vocabulary: JointVocabulary, config: Cm3Config) -> Tokens:
@@ -89,4 +90,4 @@ class Cm3Dataset:
     def sample(self, index: int) -> Sample:
         """Sample `index`."""
         block = self._transform(self._packing.block(index), seed=self._seed, index=index)
-        return sample_from_block(block, index, pad=self._pad)
+        return Sample(block, self._pad, index)

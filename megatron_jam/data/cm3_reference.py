@@ -57,23 +57,24 @@ def cm3_reference(
     """`block` with spans moved; documents move with their tokens, sentinels with their spans."""
     size = len(block.tokens)
     content = _content_size(block.tokens, vocabulary)
-    made = [(block.tokens[:0], block.documents[:0])]
+    documents = block.documents
+    made = [(block.tokens[:0], documents[:0])]
     num_read, room = 0, size
-    for start, stop in _pieces(block.documents[:content], config):
+    for start, stop in _pieces(documents[:content], config):
         if room <= 0:
             break
         tokens = block.tokens[start:stop]
         spans = _choose_spans(tokens, room, vocabulary, uniforms, config)
         read = slice(start, start + _read_size(len(tokens), room, len(spans)))
-        made.append(_move(block.tokens[read], block.documents[read], spans, vocabulary, config))
+        made.append(_move(block.tokens[read], documents[read], spans, vocabulary, config))
         num_read += read.stop - start
         room -= len(made[-1][0])
-    padding = int(block.documents[content - 1]) + 1 if content else 0
-    return Block(
-        tokens=np.concatenate([*(each for each, _ in made), np.full(room, vocabulary.pad)]),
-        documents=np.concatenate([*(each for _, each in made), np.full(room, padding)]),
-        dropped=content - num_read,
+    padding = int(documents[content - 1]) + 1 if content else 0
+    result = Block.of(
+        np.concatenate([*(each for each, _ in made), np.full(room, vocabulary.pad)]),
+        np.concatenate([*(each for _, each in made), np.full(room, padding)]),
     )
+    return result._replace(dropped=content - num_read)
 
 
 def find_segments(

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from megatron_jam.config.data import RetrievedConfig
 from megatron_jam.data.indexed import IndexedSet, open_set
-from megatron_jam.data.sample import Block, Sample, sample_from_block
+from megatron_jam.data.sample import Block, Sample
 from megatron_jam.ops.extension import Order, Reader
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 
@@ -35,8 +35,13 @@ class EvaluationSamples(Sequence[Sample]):
         self._order = Order(np.arange(documents.num_documents, dtype=np.uint32), ends, _DRAWS)
         self._cuts = _evaluation_cuts(ends - 1, context_length)
         self._read = Reader(
-            documents.all_tokens, documents.starts, retrieval, size=context_length + 1, pad=pad
-        )
+            Block,
+            documents.all_tokens,
+            documents.starts,
+            retrieval,
+            size=context_length + 1,
+            pad=pad,
+        ).read
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -47,8 +52,8 @@ class EvaluationSamples(Sequence[Sample]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         first, last = self._cuts[index], self._cuts[index + 1]
-        block = Block(*self._read([self._order], first, last + 1 - first))
-        return sample_from_block(block, index, pad=self._pad)
+        block = self._read([self._order], first, last + 1 - first)
+        return Sample(block, self._pad, index)
 
 
 def _evaluation_cuts(ends: NDArray[np.int64], context_length: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Instruction tuning with the loss on answers only."""
 
-from megatron_jam.data.sample import Packing, Sample, sample_from_block
+from megatron_jam.data.sample import Packing, Sample
 from megatron_jam.tokenizers.document import answer_mask
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 
@@ -19,4 +19,4 @@ class AnswerDataset:
         """Sample `index`."""
         block = self._packing.block(index)
         counted = answer_mask(self._vocabulary, block.tokens)
-        return sample_from_block(block, index, pad=self._vocabulary.pad, counted=counted)
+        return Sample(block, self._vocabulary.pad, index, counted=counted)

@@ -209,10 +209,11 @@ def collate(
 
     Isolated, a document's tokens count their own positions, and its first is not predicted.
     """
-    tokens = _stack([each.tokens for each in samples]).long()
+    blocks = torch.from_numpy(np.stack([each.block.tokens for each in samples]))
+    tokens = blocks[:, :-1].long()
     batch = {
         "tokens": tokens,
-        "labels": _stack([each.labels for each in samples]).long(),
+        "labels": blocks[:, 1:].long(),
         "loss_mask": _stack([each.loss_mask for each in samples]).float(),
         "positions": torch.arange(tokens.shape[1]).repeat(len(samples), 1),
         "sets": torch.tensor([each.dataset for each in samples]),

@@ -55,8 +55,13 @@ class StreamPacking:
                 f"{context_length}: lower it, prepare more or set data.packing=documents"
             )
         self._read = Reader(
-            documents.all_tokens, documents.starts, self._epochs.retrieval, size=self._size, pad=0
-        )
+            Block,
+            documents.all_tokens,
+            documents.starts,
+            self._epochs.retrieval,
+            size=self._size,
+            pad=0,
+        ).read
         self._here: tuple[int, int, list[Order]] = (0, 0, [])
         self.epoch_size = num_tokens / context_length
         self.epoch_tokens = num_tokens
@@ -67,7 +72,7 @@ class StreamPacking:
         begin, stop, orders = self._here
         if not begin <= start < stop:
             begin, stop, orders = self._here = self._around(start)
-        return Block(*self._read(orders, start - begin, self._size))
+        return self._read(orders, start - begin, self._size)
 
     def _around(self, token: int) -> tuple[int, int, list[Order]]:
         """(begin, stop, orders): blocks that begin at a token of begin .. stop - 1, as one at
@@ -121,12 +126,13 @@ class DocumentPacking:
                 *(documents.prefix, num_left_out, documents.num_documents, context_length),
             )
         self._read = Reader(
+            Block,
             documents.all_tokens,
             documents.starts,
             self._epochs.retrieval,
             size=self._block_size,
             pad=pad,
-        )
+        ).read
         self._starts = _Latest(self._pack)
         self._blocks = _Running(lambda epoch: len(self._starts(epoch)) - 1)
         self.epoch_size = float(len(self._starts(0)) - 1)
@@ -137,7 +143,7 @@ class DocumentPacking:
         epoch, number = self._blocks.find(index)
         starts = self._starts(epoch)
         start, stop = int(starts[number]), int(starts[number + 1])
-        return Block(*self._read([self._epochs(epoch)], start, stop - start))
+        return self._read([self._epochs(epoch)], start, stop - start)
 
     def _pack(self, epoch: int) -> NDArray[np.int64]:
         """Where in the epoch's tokens each block starts, and the end, [blocks + 1]."""

@@ -16,7 +16,7 @@ class Numbers:
         self.name = name
 
     def sample(self, index):
-        return Sample((self.name, index), None, None, None, index=index)
+        return Sample((self.name, index), pad=0, index=index)
 
 
 def make(weights):
@@ -84,7 +84,7 @@ def test_extreme_weights_never_leave_the_range():
 def test_samples_are_the_sets_and_say_which():
     blend = make([2, 1])
     samples = [blend.sample(i) for i in range(9)]
-    assert [each.tokens for each in samples] == [blend.locate(i) for i in range(9)]
+    assert [each.block for each in samples] == [blend.locate(i) for i in range(9)]
     assert [each.index for each in samples] == list(range(9))
     assert [each.dataset for each in samples] == [blend.locate(i)[0] for i in range(9)]
 

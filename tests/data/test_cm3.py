@@ -26,7 +26,7 @@ MANY = Cm3Config(mean_spans=3.0)
 def as_block(tokens, documents=None):
     tokens = np.array(tokens, dtype=np.int32)
     documents = np.zeros(len(tokens)) if documents is None else documents
-    return Block(tokens=tokens, documents=np.array(documents, dtype=np.int32))
+    return Block.of(tokens, np.array(documents, dtype=np.int32))
 
 
 def transform(tokens, rng, config=MANY):

@@ -30,7 +30,7 @@ def documents_of(tokens):
 
 
 def block_of(tokens):
-    return Block(np.array(tokens, dtype=np.int32), documents_of(tokens))
+    return Block.of(np.array(tokens, dtype=np.int32), documents_of(tokens))
 
 
 def both(block, config, seed, index):
@@ -134,7 +134,7 @@ def test_the_authors_scope_crosses_documents_but_no_break():
 
 def test_each_document_has_spans_of_its_own_before_its_end():
     # 8 tokens, then 4, the last of which is not read: 15 - (5 + 3) - 3 = 4 are left for it.
-    block = Block(
+    block = Block.of(
         np.array([4, 5, 6, 7, E, 8, 9, 10, 11, 12, 13, 14, 15, 16, E], dtype=np.int32),
         np.repeat(np.array([0, 1], dtype=np.int32), [5, 10]),
     )
@@ -182,7 +182,13 @@ def test_number_of_spans_of_each_document_is_poisson():
 def test_refuses_arrays_that_do_not_fit():
     transform = Cm3Transform(VOCABULARY, Cm3Config())
     block = block_of([4, 5, 6])
-    with pytest.raises(ValueError, match="two rows of one length"):
-        transform(block._replace(documents=block.documents[:2]), seed=0, index=0)
+    for runs in ([[0, 2]], [[0, 4]], [[0, 3], [1, 3]], [[0, 2], [0, 3]], [[0, 4], [1, 3]], [], [3]):
+        wrong = np.array(runs, dtype=np.int32)
+        with pytest.raises(ValueError, match="tokens must be a row, and runs"):
+            transform(block._replace(runs=wrong), seed=0, index=0)
     with pytest.raises(TypeError):  # nothing is converted silently
         transform(block._replace(tokens=block.tokens.astype(np.int64)), seed=0, index=0)
+    with pytest.raises(TypeError):
+        transform(block._replace(runs=block.runs.astype(np.int64)), seed=0, index=0)
+    with pytest.raises(TypeError):
+        transform(block._replace(tokens=np.repeat(block.tokens, 2)[::2]), seed=0, index=0)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from megatron_jam.data.loader import collate
-from megatron_jam.data.sample import Block, sample_from_block
+from megatron_jam.data.sample import Block, Sample
 from megatron_jam.data.showing import Shower, write_page
 from megatron_jam.tokenizers.vq import VqConfig, VqTokenizer
 from tests.data.prepare.small import NUM_CODES, text_tools
@@ -32,8 +32,8 @@ def test_rows_of_the_page_are_the_batch(tmp_path):
     ]
     sizes = [*map(len, documents), 21 - sum(map(len, documents))]
     tokens = np.concatenate([*documents, [vocabulary.pad] * sizes[-1]]).astype(np.int32)
-    block = Block(tokens, np.repeat(np.arange(3, dtype=np.int32), sizes))
-    sample = sample_from_block(block, pad=vocabulary.pad)
+    block = Block.of(tokens, np.repeat(np.arange(3, dtype=np.int32), sizes))
+    sample = Sample(block, vocabulary.pad)
     shower = Shower(images=images, isolate_documents=True, **tools)
     shown = shower.show(sample, title="Sample 7: pairs")
     tokens = [token for run in shown.runs for token in run.tokens]

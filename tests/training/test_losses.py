@@ -70,7 +70,7 @@ def test_infill_is_what_cm3_moved(seed: int) -> None:
     tokens = rng.integers(4, 300, size=64).astype(np.int32)
     tokens[20:36] = VOCABULARY.image.start + rng.integers(0, 16, size=16)
     tokens[[19, 36]] = BREAK
-    block = Block(tokens=tokens, documents=np.zeros(64, dtype=np.int32))
+    block = Block.of(tokens, np.zeros(64, dtype=np.int32))
     transform = Cm3Transform(VOCABULARY, Cm3Config(mean_spans=2.0))
     out = transform(block, seed=seed, index=0).tokens
     ends = np.flatnonzero(out == EOSS)

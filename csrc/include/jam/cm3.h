@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "jam/philox.h"
+#include "jam/runs.h"
+#include "jam/wide.h"
 
 namespace jam {
 
@@ -47,6 +49,21 @@ class Cm3Uniforms {
   int64_t seed_, index_;
   uint32_t round_ = 0;
 };
+
+// A place of [from, end) up to which none of three ids stands: close before the first that does.
+JAM_WIDE static int64_t skip_others(const int32_t* tokens, int64_t from, int64_t end, int32_t a,
+                                    int32_t b, int32_t c) {
+  constexpr int64_t kAtOnce = 64;  // without a branch inside, so that it is vectorised
+  for (; from + kAtOnce <= end; from += kAtOnce) {
+    int32_t found = 0;
+    for (int64_t i = 0; i < kAtOnce; ++i) {
+      const int32_t token = tokens[from + i];
+      found |= (token == a) | (token == b) | (token == c);
+    }
+    if (found) break;
+  }
+  return from;
+}
 
 // Runs of tokens without borders.
 class Segments {
@@ -94,15 +111,7 @@ class Segments {
   bool is_border(int32_t token) const { return token == a_ || token == b_ || token == c_; }
 
   int64_t find_border(int64_t from, int64_t end) const {
-    constexpr int64_t kAtOnce = 16;  // without a branch inside, so that it is vectorised
-    for (; from + kAtOnce <= end; from += kAtOnce) {
-      int32_t found = 0;
-      for (int64_t i = 0; i < kAtOnce; ++i) {
-        const int32_t token = tokens_[from + i];
-        found |= (token == a_) | (token == b_) | (token == c_);
-      }
-      if (found) break;
-    }
+    from = skip_others(tokens_, from, end, a_, b_, c_);
     while (from < end && !is_border(tokens_[from])) ++from;
     return from;
   }
@@ -123,7 +132,7 @@ class Cm3 {
   Cm3(const Cm3Settings& settings, Cm3Vocabulary vocabulary)
       : settings_(settings), vocabulary_(std::move(vocabulary)) {}
 
-  std::vector<Cm3Piece> plan(const int32_t* tokens, const int32_t* documents, int64_t length,
+  std::vector<Cm3Piece> plan(const int32_t* tokens, const RunView& runs, int64_t length,
                              int64_t seed, int64_t index) const {
     Cm3Uniforms uniforms(seed, index);
     int64_t content = length;
@@ -133,7 +142,7 @@ class Cm3 {
     for (int64_t start = 0, stop; start < content && room > 0; start = stop) {
       stop = content;
       if (settings_.scope == Cm3Scope::kDocument) {
-        for (stop = start; stop < content && documents[stop] == documents[start];) ++stop;
+        stop = std::min<int64_t>(content, runs.find(start)->stop);
       }
       std::vector<Span> spans = choose(tokens + start, stop - start, room, uniforms);
       const int64_t size = read_size(stop - start, room, spans.size());
@@ -143,27 +152,23 @@ class Cm3 {
     return pieces;
   }
 
-  // Carries out a plan; all arrays have `length` items. Returns how many tokens it does not read.
-  int64_t carry_out(const std::vector<Cm3Piece>& pieces, const int32_t* tokens,
-                    const int32_t* documents, int64_t length, int32_t* out_tokens,
-                    int32_t* out_documents) const {
-    int64_t place = 0, content = length, num_read = 0;
+  // Carries out a plan: `length` tokens, of the documents that are appended to `out_runs`. Returns
+  // how many tokens it does not read.
+  int64_t carry_out(const std::vector<Cm3Piece>& pieces, const int32_t* tokens, const RunView& runs,
+                    int64_t length, int32_t* out_tokens, Runs& out_runs) const {
+    int64_t content = length, num_read = 0;
     while (content > 0 && tokens[content - 1] == vocabulary_.pad) --content;
+    Writer out{tokens, runs, out_tokens, out_runs};
     for (const Cm3Piece& piece : pieces) {
-      const int64_t size = piece.stop - piece.start;
       const bool closes = settings_.scope == Cm3Scope::kDocument && !piece.spans.empty() &&
                           tokens[piece.stop - 1] == vocabulary_.eos;
-      const Source source{tokens + piece.start, documents + piece.start, size - closes};
-      place += move(source, piece.spans, out_tokens + place, out_documents + place);
-      if (closes) {
-        out_tokens[place] = vocabulary_.eos;
-        out_documents[place++] = documents[piece.stop - 1];
-      }
-      num_read += size;
+      move(piece.start, piece.stop - closes, piece.spans, out);
+      if (closes) out.copy(piece.stop - 1, piece.stop);
+      num_read += piece.stop - piece.start;
     }
-    std::fill(out_tokens + place, out_tokens + length, vocabulary_.pad);
-    std::fill(out_documents + place, out_documents + length,
-              content ? documents[content - 1] + 1 : 0);
+    const int64_t room = length - out_runs.size();
+    std::fill(out_tokens + length - room, out_tokens + length, vocabulary_.pad);
+    out_runs.append(content ? runs.find(content - 1)->document + 1 : 0, room);
     return content - num_read;
   }
 
@@ -171,10 +176,23 @@ class Cm3 {
   // Draws of all ends before single tokens are taken.
   static constexpr int kMaxDraws = 64;
 
-  struct Source {
+  // Where a block and its documents are read, and where another is written, front to back.
+  struct Writer {
     const int32_t* tokens;
-    const int32_t* documents;
-    int64_t size;
+    const RunView& runs;
+    int32_t* out_tokens;
+    Runs& out_runs;
+
+    void copy(int64_t start, int64_t stop) {
+      std::copy(tokens + start, tokens + stop, out_tokens + out_runs.size());
+      runs.copy(start, stop, out_runs);
+    }
+
+    // A token that goes with the block's token `owner`.
+    void put(int32_t token, int64_t owner) {
+      out_tokens[out_runs.size()] = token;
+      runs.copy(owner, owner + 1, out_runs);
+    }
   };
 
   // How many of a piece's tokens are read if k spans of it move: each adds two sentinels and
@@ -272,34 +290,22 @@ class Cm3 {
                        [this](int32_t token) { return is_of(token, vocabulary_.text); });
   }
 
-  // Writes the source with sentinels, then the spans; returns how many tokens.
-  int64_t move(const Source& source, const std::vector<Span>& spans, int32_t* out_tokens,
-               int32_t* out_documents) const {
-    int64_t place = 0;
-    const auto copy = [&](int64_t start, int64_t end) {
-      std::copy(source.tokens + start, source.tokens + end, out_tokens + place);
-      std::copy(source.documents + start, source.documents + end, out_documents + place);
-      place += end - start;
-    };
-    const auto put = [&](int32_t token, int64_t owner) {
-      out_tokens[place] = token;
-      out_documents[place++] = source.documents[owner];
-    };
-    int64_t done = 0;
+  // Writes the block's tokens [start, stop) with sentinels, then the spans, counted from `start`.
+  void move(int64_t start, int64_t stop, const std::vector<Span>& spans, Writer& out) const {
+    int64_t done = start;
     int32_t sentinel = vocabulary_.first_sentinel;
     for (const Span& span : spans) {
-      copy(done, span.start);
-      put(sentinel++, span.start);
-      done = span.end;
+      out.copy(done, start + span.start);
+      out.put(sentinel++, start + span.start);
+      done = start + span.end;
     }
-    copy(done, source.size);
+    out.copy(done, stop);
     sentinel = vocabulary_.first_sentinel;
     for (const Span& span : spans) {
-      put(sentinel++, span.start);
-      copy(span.start, span.end);
-      put(vocabulary_.eoss, span.end - 1);
+      out.put(sentinel++, start + span.start);
+      out.copy(start + span.start, start + span.end);
+      out.put(vocabulary_.eoss, start + span.end - 1);
     }
-    return place;
   }
 
   Cm3Settings settings_;

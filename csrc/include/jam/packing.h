@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "jam/retrieval.h"
+#include "jam/runs.h"
 
 namespace jam {
 
@@ -51,28 +52,27 @@ void prefetch_stream(const Token* tokens, const int64_t* starts, const Retrieval
   });
 }
 
-// Copies the stream's tokens [start, stop), which are in it, and numbers their documents from
-// `document` on; returns the number that the next document gets. The loops over tokens are the
-// caller's: copy(from, count, to) and fill(to, count, document).
-template <typename Token, typename Copy, typename Fill>
-int32_t read_stream(const Token* tokens, const int64_t* starts, const Retrieval* retrieval,
-                    const Order& order, int64_t start, int64_t stop, int32_t document,
-                    int32_t* out_tokens, int32_t* out_documents, Copy copy, Fill fill) {
+// Copies the stream's tokens [start, stop), which are in it, behind those that `runs` counts, and
+// its documents to `runs` with numbers of their own. The loop over tokens is the caller's:
+// copy(from, count, to).
+template <typename Token, typename Copy>
+void read_stream(const Token* tokens, const int64_t* starts, const Retrieval* retrieval,
+                 const Order& order, int64_t start, int64_t stop, int32_t* out_tokens, Runs& runs,
+                 Copy copy) {
   // The documents lie anywhere in the file: all are asked for before the first is waited for.
   prefetch_stream(tokens, starts, retrieval, order, start, stop);
   int64_t latest = -1;
+  int32_t document = 0;
   for_slices(order, starts, retrieval, start, stop,
              [&](int64_t from, int64_t count, int64_t place) {
-               document += latest >= 0 && place != latest;
+               if (place != latest) document = runs.next_document();
                latest = place;
-               copy(tokens + from, count, out_tokens);
-               fill(out_documents, count, document);
-               out_tokens += count, out_documents += count;
+               copy(tokens + from, count, out_tokens + runs.size());
+               runs.append(document, count);
              });
   // Most often the next block is read next.
   prefetch_stream(tokens, starts, retrieval, order, stop,
                   std::min(2 * stop - start, order.num_tokens()));
-  return document + (latest >= 0);
 }
 
 // Where blocks of whole documents start in a stream, and its end: as many documents each as fit
