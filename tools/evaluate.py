@@ -63,16 +63,16 @@ def main(
     results = []
     with scratch_folder(scratch, world) as room:
         for path in weights:
-            folder = weights_of(path, room, world)
-            measured = measure_folder(
-                folder,
-                prepared_sets(sets, WeightsFolder(folder), pictures, room, world),
-                world,
-                context_length=context_length,
-                micro_batch_size=micro_batch_size,
-                isolate_documents=isolate_documents,
-                dtype=DTYPES[precision],
-            )
+            with weights_of(path, room, world) as folder:
+                measured = measure_folder(
+                    folder,
+                    prepared_sets(sets, WeightsFolder(folder), pictures, room, world),
+                    world,
+                    context_length=context_length,
+                    micro_batch_size=micro_batch_size,
+                    isolate_documents=isolate_documents,
+                    dtype=DTYPES[precision],
+                )
             results += [_result(path, *each) for each in measured.items()]
     if output is not None and world.rank == 0:
         write_text_atomically(output, json.dumps(results, indent=2) + "\n")

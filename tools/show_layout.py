@@ -29,7 +29,8 @@ bridges: each way counts; parameters: of the stage, a tied table where it is fir
 compute: the stage's share of the FLOPs; in flight: forward passes that wait for their backward
 bytes: on each rank of the stage, as a CPU would hold them; bf16 attention takes less on a GPU"""
 ZERO_NOTE = """besides: layers that stage 3 has gathered, buckets of gradients on their way; and,
-for a moment at the start, the weights whole"""
+for a moment at the start, the weights whole; on the host, while a checkpoint is written, all
+weights and the optimizer's state, shared out over the ranks"""
 
 
 def main(
@@ -177,9 +178,15 @@ def as_text(layout: dict[str, Any]) -> str:
             *("  ".join(map(str.rjust, row, widths)) for row in rows),
             NOTES,
             f"total: all of these, with the activations of recompute {layout['recompute']}",
-            *([ZERO_NOTE] if layout["deepspeed"] else []),
+            *(_zero_notes(layout) if layout["deepspeed"] else []),
         ]
     )
+
+
+def _zero_notes(layout: dict[str, Any]) -> list[str]:
+    (row,) = layout["stages"]
+    host = f"on the host: gradients and optimizer, {size(row['host'])} of each rank"
+    return [*([host] if row["host"] else []), ZERO_NOTE]
 
 
 def _degrees(layout: dict[str, Any]) -> str:

@@ -69,8 +69,9 @@ class Curves:
 
     def perplexities(self, set_name: str) -> tuple[list[int], list[float]]:
         """Steps and perplexities of a validation set."""
-        lines = [line for line in self.validation if line["set"] == set_name]
-        return [x["step"] for x in lines], [x["perplexity"]["all"] for x in lines]
+        measured = [(x["step"], x["perplexity"]) for x in self.validation if x["set"] == set_name]
+        known = [(step, perplexity["all"]) for step, perplexity in measured if "all" in perplexity]
+        return [step for step, _ in known], [value for _, value in known]
 
     @property
     def sets(self) -> list[str]:

@@ -47,8 +47,14 @@ class SampledSheet(Callback):
             return
         self._training, folder = training, training.folder
         images = load_image_tokenizer(sheet.image_tokenizer)
-        trained = image_tokenizer_of(self._config.data) or folder.image_tokenizer_sha256
-        check_image_tokenizer(images, folder, trained)
+        of_data = image_tokenizer_of(self._config.data)
+        check_image_tokenizer(
+            images,
+            folder,
+            trained=of_data or folder.image_tokenizer_sha256,
+            pictures="data.sets" if of_data else f"the pictures that {folder.path} was trained on",
+            name="sheet.image_tokenizer",
+        )
         self._images = images.to(training.world.device) if self._writes else images
         text = TextTokenizer.load(folder.tokenizer_path)
         self._prompts = [

@@ -70,13 +70,20 @@ def scratch_folder(path: Path | None, world: World) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def weights_of(path: Path, scratch: Path, world: World) -> Path:
-    """The weights folder at `path`, or one made of the training checkpoint there."""
+@contextmanager
+def weights_of(path: Path, scratch: Path, world: World) -> Iterator[Path]:
+    """The weights folder at `path`, or one made of the training checkpoint there, which goes once
+    it has been used: of a run's checkpoints there is but one at a time."""
     if not (path / MANIFEST).is_file():
-        return path
+        yield path
+        return
     made = scratch / f"{path.resolve().parent.parent.name}-{path.name}"
     _on_first_rank(world, lambda: export_checkpoint(path, made))
-    return made
+    try:
+        yield made
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def prepared_sets(

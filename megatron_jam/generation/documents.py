@@ -65,7 +65,12 @@ class Illustrator:
         Raises:
             UsageError: the weights, the image tokenizer and the layout do not go together.
         """
-        check_image_tokenizer(image_tokenizer, weights, weights.image_tokenizer_sha256)
+        check_image_tokenizer(
+            image_tokenizer,
+            weights,
+            trained=weights.image_tokenizer_sha256,
+            pictures=f"the pictures that {weights.path} was trained on",
+        )
         self._vocabulary = weights.vocabulary
         self._text = TextTokenizer.load(weights.tokenizer_path)
         self._images = image_tokenizer.to(world.device)
@@ -141,19 +146,32 @@ class Illustrator:
         return image_from_pixels(self._images.decode(codes)[0])
 
 
-def check_image_tokenizer(images: ImageTokenizer, weights: WeightsFolder, trained: str) -> None:
-    """Raise UsageError unless `images` can draw what a model of `weights` writes, whose training
-    pictures are of the image tokenizer with the sha256 `trained`, if that is known."""
+def check_image_tokenizer(
+    images: ImageTokenizer,
+    weights: WeightsFolder,
+    *,
+    trained: str,
+    pictures: str,
+    name: str = "the image tokenizer",
+) -> None:
+    """Raise UsageError unless `images` can draw what a model of `weights` writes.
+
+    Args:
+        images: called `name` in errors.
+        weights: whose vocabulary has the codes.
+        trained: sha256 of the image tokenizer of the training's pictures; empty if not known.
+        pictures: what those are called.
+    """
     codes = weights.vocabulary.image.size
     if images.num_codes != codes:
         raise UsageError(
-            f"the image tokenizer has {images.num_codes} codes, the vocabulary of {weights.path}"
+            f"{name} has {images.num_codes} codes, the vocabulary of {weights.path}"
             f" {codes}; give the one it was trained with"
         )
     if trained and trained != images.sha256:
         raise UsageError(
-            f"the image tokenizer ({images.sha256[:12]}) is not the one ({trained[:12]}) of the"
-            f" pictures that {weights.path} was trained on; give that one"
+            f"{name} ({images.sha256[:12]}) is not the image tokenizer ({trained[:12]}) of"
+            f" {pictures}; give that one"
         )
 
 

@@ -36,10 +36,12 @@ class State:
     weights: int
     gradients: int
     optimizer: int
+    host: int = 0
+    """In the host's memory, if the device is another; no part of the total."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All on the device."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -105,17 +107,20 @@ def state_bytes(
         num_frozen: how many of the weights do not learn.
         distributed_optimizer: whether they share the optimizer's state.
         zero: of `engine: deepspeed`: what else they share, whether the host has the optimizer.
-            It keeps an fp32 copy of fp32 weights as well.
+            It keeps an fp32 copy of fp32 weights as well; and on the host, with the optimizer,
+            gradients twice (to sum them, to step by them) and in stage 2 new weights on their way.
     """
     num_learning = num_parameters - num_frozen
     if zero is not None:
         share = -(-num_learning // replicas)
         weights = num_parameters * width
-        return State(
-            weights=-(-weights // replicas) if zero.stage == 3 else weights,
-            gradients=share * FP32,
-            optimizer=0 if zero.offload_optimizer else share * FP32 * 3,
-        )
+        if zero.stage == 3:
+            weights = -(-weights // replicas)
+        if zero.offload_optimizer:
+            outgoing = width if zero.stage == 2 else 0
+            host = share * (FP32 * 5 + outgoing)
+            return State(weights=weights, gradients=0, optimizer=0, host=host)
+        return State(weights=weights, gradients=share * FP32, optimizer=share * FP32 * 3)
     optimizer = num_learning * FP32 * (3 if width < FP32 else 2)
     return State(
         weights=num_parameters * width,

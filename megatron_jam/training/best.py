@@ -1,6 +1,7 @@
 """Marks the checkpoint with the lowest average over the validation sets: the paper's rule."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,8 +55,8 @@ class BestCheckpoint(Callback):
         self._mark(step)
 
     def _mark(self, step: int) -> None:
-        loss = self._measured.get(step)
-        if loss is None or self._saved != step or not self._writes:
+        loss = self._measured.get(step, math.nan)
+        if not math.isfinite(loss) or self._saved != step or not self._writes:
             return
         if self._lowest is None or loss < self._lowest:
             self._lowest = loss

@@ -324,7 +324,8 @@ class Training:
 
     def _finish(self) -> None:
         self._measure()
-        self.poll("export")
+        # A request to stop comes too late from here on: what is left takes less than a new start.
+        self._watchdog.progress(self._done, "export after the end")
         config = self.config
         weights = config.output / "weights"
         provenance = {

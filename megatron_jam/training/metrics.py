@@ -197,17 +197,18 @@ class Reporter(Callback):
         by_modality: Mapping[str, float],
         tokens: Mapping[str, int],
     ) -> None:
-        perplexity = {"all": perplexity_of(loss)}
-        perplexity |= {kind: perplexity_of(value) for kind, value in by_modality.items()}
+        finite = _all_finite({"all": loss, **by_modality})
+        perplexity = {kind: perplexity_of(value) for kind, value in finite.items()}
         values = {
             "set": name,
-            "loss": loss,
-            "loss_by_modality": dict(by_modality),
+            "loss": finite.pop("all", None),
+            "loss_by_modality": finite,
             "perplexity": perplexity,
             "tokens_by_modality": dict(tokens),
         }
         shown = ", ".join(f"{key} {value:.2f}" for key, value in perplexity.items())
-        logger.info("step %d | validation %s | loss %.4f | perplexity %s", step, name, loss, shown)
+        mean = stated(values["loss"], ".4f")
+        logger.info("step %d | validation %s | loss %s | perplexity %s", step, name, mean, shown)
         self._tell(step, "validation", values)
 
     def _tell(self, step: int, kind: str, values: dict[str, Any]) -> None:

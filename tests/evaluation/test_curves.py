@@ -57,6 +57,8 @@ def test_values(run: Path) -> None:
     assert curves.of("mfu") == ([1, 3], [0.5, 0.5])
     assert curves.keys("loss_by_modality") == ["text", "image"]
     assert curves.perplexities("a") == ([2, 3], [9.0, 12.0])
+    curves.validation.append({**validation(4, "a", 1.0), "perplexity": {"text": 1.0}})
+    assert curves.perplexities("a") == ([2, 3], [9.0, 12.0]), "one without an average is left out"
 
 
 def test_summary(run: Path) -> None:

@@ -1,5 +1,8 @@
 """A run draws its sheet at each validation, as its exported weights draw it, under any layout."""
 
+import dataclasses
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_jam.config.data import DataSetConfig
 from megatron_jam.config.deepspeed import DeepSpeedConfig
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.generation import SamplingConfig
@@ -215,7 +219,30 @@ def test_another_image_tokenizer_is_named(
     other = sheet(material, image_tokenizer=str(tmp_path / "other"))
     values = settings(material, tmp_path / "run", ParallelConfig(), sheet=other)
     (told,) = pool.run(refusal, ParallelConfig(), values)
-    assert "the image tokenizer has 8 codes, the vocabulary of" in told
+    assert "sheet.image_tokenizer has 8 codes, the vocabulary of" in told
+
+
+def test_the_image_tokenizer_of_the_data_is_due(
+    pool: WorkerPool, material: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """With as many codes, each of which is another picture."""
+    due, other = tokenizer(seed=0), tokenizer(seed=1)
+    other.save(tmp_path / "other")
+    data = material[1]
+    sets = [DataSetConfig(name="set", path=str(tmp_path / "set"))]
+    for suffix in (".bin", ".idx"):
+        shutil.copy(data.with_suffix(suffix), tmp_path / f"set{suffix}")
+    info = json.loads(data.with_suffix(".json").read_text())
+    info["image_tokenizer_sha256"] = due.sha256
+    (tmp_path / "set.json").write_text(json.dumps(info))
+    shown = sheet(material, image_tokenizer=str(tmp_path / "other"))
+    values = settings(material, tmp_path / "run", ParallelConfig(), sheet=shown)
+    values["data"] = dataclasses.replace(values["data"], sets=sets)
+    (told,) = pool.run(refusal, ParallelConfig(), values)
+    assert told == (
+        f"sheet.image_tokenizer ({other.sha256[:12]}) is not the image tokenizer"
+        f" ({due.sha256[:12]}) of data.sets; give that one"
+    )
 
 
 def test_captions_need_a_tokenizer() -> None:

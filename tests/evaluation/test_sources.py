@@ -69,10 +69,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measure(world: World, root: Path, weights: Path, paths: dict[str, str]) -> Any:
     sets = [DataSetConfig(name=name, path=path) for name, path in paths.items()]
     with scratch_folder(None, world) as scratch:
-        folder = weights_of(weights, scratch, world)
-        ready = prepared_sets(sets, WeightsFolder(folder), PICTURES, scratch, world)
-        found = measure_folder(folder, ready, world, context_length=32, micro_batch_size=2)
+        with weights_of(weights, scratch, world) as folder:
+            ready = prepared_sets(sets, WeightsFolder(folder), PICTURES, scratch, world)
+            found = measure_folder(folder, ready, world, context_length=32, micro_batch_size=2)
         left = scratch
+        assert world.rank or folder.exists() == (folder == weights), "only an export goes"
     assert world.rank or not left.exists()
     return {name: (each.mean, each.by_modality(), each.tokens()) for name, each in found.items()}
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Container
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import BridgeConfig, ModelConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.fusion.fuse import fuse
+from megatron_jam.parallel.cpu import _WeightGradients
+from megatron_jam.parallel.world import World
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.reference import reference_logits
 from tests.helpers.pico import LLAMA, pico_config, pico_folder
@@ -272,12 +275,25 @@ def test_single_precision_agrees(
 
 
 def test_bf16_gradients_are_added_to_fp32_sums(pool: WorkerPool, folders: dict[str, Path]) -> None:
-    """Within the product and apart from it."""
+    """Within the product, as its kernel's calls tell, and apart from it."""
     run = (folders["cross"], batch_of(folders["cross"]), torch.bfloat16)
-    apart = pool.run(ADDED_APART, ParallelConfig(), *run)[0]
-    within = pool.run(loss_and_gradients, ParallelConfig(), *run)[0]
+    apart, calls = pool.run(
+        partial(counting_products, main_gradients=False), ParallelConfig(), *run
+    )[0]
+    assert calls == 0
+    within, calls = pool.run(counting_products, ParallelConfig(), *run)[0]
+    matrices = [name for name, value in within[1].items() if value.dim() == 2]
+    tables = [name for name in matrices if "embedding" in name]
+    assert calls >= len(matrices) - len(tables) > 10
     assert within[0] == apart[0]
     assert all(torch.equal(within[1][name], value) for name, value in apart[1].items())
+
+
+def counting_products(world: World, *run: Any, **settings: Any) -> Any:
+    """What a run gives, and how often a gradient was added to its sum within a product."""
+    plain = _WeightGradients.wgrad_gemm_accum_fp32
+    with patch.object(_WeightGradients, "wgrad_gemm_accum_fp32", wraps=plain) as kernel:
+        return loss_and_gradients(world, *run, **settings), kernel.call_count
 
 
 @pytest.mark.parametrize(

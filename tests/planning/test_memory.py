@@ -185,12 +185,14 @@ def pipeline_place(size: int, rank: int, interleave: int) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("zero", "expected"),
     [
-        (DeepSpeedConfig(stage=2), (2000, 1000, 3000)),
-        (DeepSpeedConfig(stage=3), (500, 1000, 3000)),
-        (DeepSpeedConfig(stage=3, offload_optimizer=True), (500, 1000, 0)),
+        (DeepSpeedConfig(stage=2), (2000, 1000, 3000, 0)),
+        (DeepSpeedConfig(stage=3), (500, 1000, 3000, 0)),
+        (DeepSpeedConfig(stage=2, offload_optimizer=True), (2000, 0, 0, 5500)),
+        (DeepSpeedConfig(stage=3, offload_optimizer=True), (500, 0, 0, 5000)),
     ],
 )
-def test_what_zero_leaves_on_a_rank(zero: DeepSpeedConfig, expected: tuple[int, int, int]) -> None:
+def test_what_zero_leaves_on_a_rank(zero: DeepSpeedConfig, expected: tuple[int, ...]) -> None:
     """1,000 weights in bf16 on four ranks; gradients, their fp32 copies and moments are fp32."""
     state = state_bytes(1000, width=2, replicas=4, zero=zero)
-    assert (state.weights, state.gradients, state.optimizer) == expected
+    assert (state.weights, state.gradients, state.optimizer, state.host) == expected
+    assert state.total == sum(expected[:3])

@@ -79,10 +79,15 @@ def test_zero_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     shown = json.loads(capsys.readouterr().out)
     (row,) = shown["stages"]
     share = shown["parameters"] / 8
-    assert [row["weights"], row["gradients"]] == pytest.approx([2 * share, 4 * share], rel=1e-6)
-    assert row["optimizer"] == 0
+    assert [row["weights"], row["host"]] == pytest.approx([2 * share, 20 * share], rel=1e-6)
+    assert [row["gradients"], row["optimizer"]] == [0, 0]
+    run_command(main, [model, *settings, "--deepspeed.offload_optimizer=true"])
+    assert (
+        "\non the host: gradients and optimizer, 49.1 GB of each rank\n" in capsys.readouterr().out
+    )
     run_command(main, [model, *settings])
     told = capsys.readouterr().out
+    assert "on the host: gradients" not in told
     assert "8 rank(s): TP 1 x PP 1 x CP 1 x DP 8, ZeRO-3\n" in told
     assert "29.5 GB" in told, "12 bytes of each weight, on 8 ranks"
 

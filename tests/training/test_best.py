@@ -53,9 +53,23 @@ def test_lowest_average_wins_in_either_order(tmp_path: Path) -> None:
     resumed.validated(6, measured(3.99, 3.99))
     resumed.saved(6, tmp_path)
     assert best(tmp_path) == (2, "step-00000002")
+    resumed.validated(7, measured(float("nan"), 0.0))
+    resumed.saved(7, tmp_path)
+    assert best(tmp_path) == (2, "step-00000002"), "it is no number"
     earlier = BestCheckpoint(tmp_path, writes=True)
     earlier.begins(None, 1)  # type: ignore[arg-type]
     assert not (tmp_path / "best.json").exists(), "step 2 was lost"
+
+
+def test_what_is_no_number_is_not_the_best_of_few(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    callback = BestCheckpoint(tmp_path, writes=True)
+    callback.begins(None, 0)  # type: ignore[arg-type]
+    for step, nats in ((1, float("nan")), (2, float("inf")), (3, 9.0)):
+        callback.validated(step, measured(nats))
+        callback.saved(step, tmp_path)
+        assert (tmp_path / "best.json").exists() == (step == 3)
+    assert best(tmp_path) == (3, "step-00000003")
 
 
 def test_a_run_marks_its_best(

@@ -1,6 +1,7 @@
 """What a run says, in its log, its JSON lines, TensorBoard, Weights & Biases and on a terminal."""
 
 import io
+import json
 import logging
 import math
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_jam.config.data import Cm3Config, DataConfig, DataSetConfig
@@ -18,14 +20,16 @@ from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.config.run import OptimizerConfig, RunConfig
 from megatron_jam.parallel.world import World
 from megatron_jam.planning.flops import model_flops
+from megatron_jam.training.losses import Losses
 from megatron_jam.training.metrics import (
     AVERAGE,
+    Reporter,
     describe_step,
     duration,
     read_metrics,
     warn_of_warmup,
 )
-from megatron_jam.training.sinks import ProgressLine, WeightsAndBiases, scalars
+from megatron_jam.training.sinks import JsonLines, ProgressLine, WeightsAndBiases, scalars
 from megatron_jam.weights.folder import WeightsFolder
 from tests.helpers.pool import WorkerPool
 from tests.helpers.training import HALF, STEPS, run_training, settings
@@ -122,6 +126,23 @@ def test_validation_has_an_average(run: Path) -> None:
     one, other, average = lines[-3:]
     assert average["loss"] == pytest.approx((one["loss"] + other["loss"]) / 2)
     assert average["perplexity"]["all"] == pytest.approx(math.exp(average["loss"]))
+
+
+def test_a_validation_that_is_no_number_has_none_in_json(
+    material: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loss over text that is not finite, over image tokens it is 2; of the whole, so, too."""
+    reporter = Reporter(RunConfig(**two_sets(material, tmp_path)), writes=True)
+    reporter._sinks = [JsonLines(tmp_path / "metrics.jsonl")]
+    sums = torch.tensor([[math.nan, 2.0, 0.0, 0.0]], dtype=torch.float64)
+    losses = Losses(sums=sums, counts=torch.tensor([[1.0, 1.0, 0.0, 0.0]]).double())
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        reporter.validated(HALF, {"a": losses})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    line = json.loads(text, parse_constant=pytest.fail)
+    assert (line["set"], line["loss"], line["loss_by_modality"]) == ("a", None, {"image": 2.0})
+    assert line["perplexity"] == {"image": pytest.approx(math.exp(2))}
+    assert "validation a | loss n/a | perplexity image 7.39" in caplog.text
 
 
 def test_tensorboard_has_the_same(run: Path) -> None:

@@ -19,6 +19,7 @@ from megatron_jam.parallel.world import World
 from megatron_jam.training import loop
 from megatron_jam.training.callbacks import Callback
 from megatron_jam.training.checkpoint import complete_checkpoints
+from megatron_jam.training.metrics import Reporter, read_metrics
 from megatron_jam.training.step import StepResult
 from megatron_jam.training.stop import StopRequested
 from tests.helpers.pool import WorkerPool
@@ -164,6 +165,30 @@ def test_a_signal_at_any_moment_loses_nothing(
         assert losses(tmp_path / moment) == losses(tmp_path / "whole"), moment
         made = tensors(tmp_path / moment)
         assert all(torch.equal(due[name], made[name]) for name in due), moment
+
+
+def asked_too_late(world: World, values: dict[str, Any]) -> None:
+    signals.catch_signals()
+    before = {each: signal.getsignal(each) for each in signals.STOPPING}
+    try:
+        with hooked(Reporter, "validated", is_after=True):
+            build_training(world, values).run()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        signals._received.clear()
+
+
+def test_a_run_asked_after_its_last_validation_ends(
+    material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path
+) -> None:
+    """What is reported is not reported again by another start."""
+    values = settings(material, tmp_path / "run", ParallelConfig())
+    pool.run(asked_too_late, ParallelConfig(), values)
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [x["step"] for x in lines if x["kind"] == "validation"] == [STEPS]
+    assert (tmp_path / "run/weights/provenance.json").is_file()
+    assert not (tmp_path / "run/requeue").exists()
 
 
 def stopped_while_built(world: World, values: dict[str, Any]) -> None:
