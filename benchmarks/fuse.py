@@ -39,11 +39,11 @@ from megatron_jam.tokenizers.vocabulary import VOCABULARY_FILE, JointVocabulary
 from megatron_jam.weights.folder import FolderWriter
 from megatron_jam.weights.hf_export import export_hugging_face
 
-ELEMENTS = 16_800_000
+SIDE = 4096
 WIDTH, FFN, TEXT_IDS = 2048, 5504, 20_000
 ALLOWED = 100e6
 PAUSE_SECONDS = 0.002
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
 PARENTS = ("text", "image")
 METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"method": "uniform"},
@@ -126,7 +126,7 @@ def removed(path: Path) -> Run:
 
 def computations() -> tuple[Run, Run]:
     """Both averages of two tensors, ours and mergekit's."""
-    a, b = (torch.randn(ELEMENTS // 2100, 2100).bfloat16() for _ in range(2))
+    a, b = (torch.randn(SIDE, SIDE).bfloat16() for _ in range(2))
     references = [ModelReference.parse(name) for name in PARENTS]
     task = LinearMergeTask.model_construct(
         gather_tensors=None,

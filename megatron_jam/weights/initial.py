@@ -30,19 +30,20 @@ def initial_rows(
     positions, is zero.
     """
     shape = parameter.shape
-    value = torch.zeros(stop - start, *shape[1:])
     if chosen := _distribution(parameter, config):
         kind, scale = chosen
-        width = math.prod(shape[1:])
-        key = _key(seed, parameter.name)
-        value = drawn(kind, key, start * width, value.numel(), scale).view(value.shape)
+        width, key = math.prod(shape[1:]), _key(seed, parameter.name)
+        value = drawn(kind, key, start * width, (stop - start) * width, scale)
+        value = value.view(stop - start, *shape[1:])
     elif parameter.start == "one":
-        value += 1
+        value = torch.ones(stop - start, *shape[1:])
     elif parameter.start == "eye":
-        value.copy_(_diagonal(start, stop, shape[1]))
+        value = _diagonal(start, stop, shape[1])
     elif parameter.start == "half":
         widths = [config.towers[name].hidden_size for name in config.tower_names]
         value = torch.cat([_diagonal(start, stop, width) / 2 for width in widths], dim=1)
+    else:
+        value = torch.zeros(stop - start, *shape[1:])
     has_pad = parameter.is_vocabulary or (
         # metaseq counts positions from the row behind the padding's
         parameter.start == "position" and pad < config.position_offset

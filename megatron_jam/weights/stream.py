@@ -31,8 +31,10 @@ JOURNAL = "journal.json"
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PIECE_BYTES = 2 << 20
 """Of a tensor in memory, written at once: still in the cache when it is hashed."""
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 18
 """Of rows that are made at once."""
+_LINE_BYTES = 64
+"""Of the cache."""
 _WAITING_BYTES = 8 << 20
 """Of pieces that may wait for their hash."""
 
@@ -350,7 +352,7 @@ def _plan(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> l
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """The head of a safetensors file: length, then JSON padded to eight bytes."""
+    """The head of a safetensors file: length, then JSON padded to whole lines of the cache."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -362,7 +364,7 @@ def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
         }
         offset = end
     text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _LINE_BYTES)
     return struct.pack("<Q", len(text)) + text
 
 
