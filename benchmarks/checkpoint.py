@@ -26,6 +26,7 @@ from megatron_jam.config.model import TowerConfig
 from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.config.run import RunConfig, load_run_config
 from megatron_jam.models.jam import JamModel
+from megatron_jam.parallel.versions import OWN_WRITERS
 from megatron_jam.parallel.world import World, start_world, stop_world
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.training.callbacks import Callback
@@ -122,7 +123,7 @@ class Saves:
         path = self._fresh("plain")
         start = time.perf_counter()
         state = self._megatrons_state()
-        request = dist_checkpointing.save(state, str(path), async_sharded_save=True)
+        request = dist_checkpointing.save(state, str(path), async_sharded_save=True, **OWN_WRITERS)
         writer = TemporalAsyncCaller()
         writer.schedule_async_call(request)
         waited = time.perf_counter() - start

@@ -197,7 +197,9 @@ def provide_writer_results() -> None:
     process for that, on a GPU as well, which takes seconds to start and 350 MB on every rank."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async._get_write_results_queue = WriterResults
+    from megatron_jam.parallel.versions import WRITER_RESULTS
+
+    setattr(filesystem_async, WRITER_RESULTS, WriterResults)
 
 
 def provide_adam(device: torch.device) -> None:

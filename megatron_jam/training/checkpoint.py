@@ -29,6 +29,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import replace_folder, write_text_atomically
 from megatron_jam.config.log import logger
+from megatron_jam.parallel.versions import OWN_WRITERS
 from megatron_jam.parallel.world import World
 from megatron_jam.training.engine import Engine
 from megatron_jam.training.manifest import (
@@ -130,8 +131,13 @@ class Checkpoints:
         dist.all_reduce(size)
         part = self._stage(step, int(size))
         # Whether the ranks' parts make up the whole does not change from save to save.
-        check = {"validate_access_integrity": not self._is_checked}
-        request = dist_checkpointing.save(state, str(part), async_sharded_save=True, **check)
+        request = dist_checkpointing.save(
+            state,
+            str(part),
+            validate_access_integrity=not self._is_checked,
+            async_sharded_save=True,
+            **OWN_WRITERS,
+        )
         self._is_checked = True
         writer = TemporalAsyncCaller()
         writer.schedule_async_call(hashing(request, part, self._world.rank))
