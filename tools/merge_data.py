@@ -2,19 +2,17 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
 from megatron_jam.data.indexed import open_set
-from megatron_jam.data.prepare.merging import (
-    merge,
-    merge_shards,
+from megatron_jam.data.prepare.choosing import (
+    all_kept,
     not_withdrawn,
     select,
     withdrawn_in,
     within_budget,
 )
+from megatron_jam.data.prepare.merging import merge, merge_shards
 from megatron_jam.data.prepare.text import load_text_folder
 
 
@@ -43,7 +41,8 @@ def main(
         tokens: most tokens of a random subset of documents; by default all are taken.
         seed: of the order in which documents are taken.
         withdraw: file with a line for each `where`, `source`, `licence` or hash of a piece, as
-            PREFIX.parquet has them, whose documents are left out.
+            PREFIX.parquet has them, whose documents are left out; and where one is a retrieved
+            pair of another document, that pair.
     """
     _, vocabulary = load_text_folder(text_tokenizer)
     prefixes = [inputs] if isinstance(inputs, str) else inputs
@@ -60,14 +59,12 @@ def main(
         raise UsageError("join the sets first, then choose from the one that they make")
     (prefix,) = prefixes
     opened = open_set(prefix, vocabulary)
-    kept = np.ones(opened.num_documents, dtype=np.bool_)
     names = withdrawn_in(withdraw) if withdraw else set()
-    if names:
-        kept &= not_withdrawn(prefix, names)
+    kept = not_withdrawn(opened, names) if names else all_kept(opened)
     if tokens is not None:
-        kept = within_budget(opened.lengths, kept, tokens=tokens, seed=seed)
+        kept = within_budget(opened, kept, tokens=tokens, seed=seed)
     reasons = {"tokens": tokens, "seed": seed, "withdrawn": len(names)}
-    select(prefix, output, kept, vocabulary, reasons)
+    select(opened, output, kept, vocabulary, reasons)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.log import logger
 from megatron_jam.data.indexed import open_set
-from megatron_jam.data.prepare.held_out import own_hashes, set_hashes
+from megatron_jam.data.prepare.held_out import Hashes, HeldOut, own_hashes, set_hashes
 from megatron_jam.data.prepare.merging import side_rows
 from megatron_jam.data.prepare.text import load_text_folder
 from megatron_jam.data.upkeep import verify_set
@@ -64,13 +62,13 @@ def verify(prefix: str, vocabulary: JointVocabulary, tokenizer_sha256: str) -> N
     logger.info("%s: well, %d documents, %d tokens", prefix, info.num_documents, info.num_tokens)
 
 
-def verify_apart(prefix: str, vocabulary: JointVocabulary, excluded: np.ndarray) -> None:
+def verify_apart(prefix: str, vocabulary: JointVocabulary, excluded: Hashes) -> None:
     """Raise :class:`UsageError` if a set has a piece of those that are held out."""
     if not len(excluded):
         return
-    held_out = set(excluded.tolist())
+    held_out = HeldOut(excluded=excluded)
     for number, hashes in enumerate(set_hashes(open_set(prefix, vocabulary), vocabulary)):
-        if held_out.intersection(hashes):
+        if any(map(held_out.is_excluded, hashes)):
             raise UsageError(
                 f"{prefix}: document {number} stands, or contains what stands, in a held-out set: "
                 "prepare it with --held_out.exclude"

@@ -10,7 +10,7 @@ from megatron_jam.data.evaluation import evaluation_samples
 from megatron_jam.data.loader import build_dataset
 from megatron_jam.data.mix import mix_of
 from megatron_jam.data.packing import DocumentPacking, StreamPacking, shuffled
-from megatron_jam.data.prepare.merging import select
+from megatron_jam.data.prepare.choosing import select
 from megatron_jam.data.sample import sample_key
 from megatron_jam.data.upkeep import merge_sets, verify_set
 from megatron_jam.ops.reference import retrieved_in_front
@@ -167,7 +167,8 @@ def test_sets_with_retrieved_pairs_are_verified_merged_and_chosen_from(tmp_path)
     assert verify_set(tmp_path / "whole", VOCABULARY).num_documents == 40
     merge_sets([tmp_path / "part0", tmp_path / "part1"], tmp_path / "merged", VOCABULARY)
     kept = np.arange(40) % 3 > 0
-    select(str(tmp_path / "whole"), str(tmp_path / "some"), kept, VOCABULARY, {})
+    sequences = np.repeat(kept, whole.sequence_counts)
+    select(whole, str(tmp_path / "some"), sequences, VOCABULARY, {})
     write(tmp_path / "expected", [each for each, keep in zip(made, kept, strict=True) if keep])
     for made_as, due in (("merged", "whole"), ("some", "expected")):
         for name in ("bin", "idx"):

@@ -1,31 +1,16 @@
-"""Shards become one set; documents are chosen by a budget of tokens, or withdrawn.
+"""Shards become one set; side tables and lists of what was left out go along."""
 
-Side tables and lists of what was left out go along.
-"""
-
-import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow
-import pyarrow.compute
 import pyarrow.parquet
-from numpy.typing import NDArray
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import publish, temporary_name
-from megatron_jam.data.indexed import (
-    IndexedSet,
-    SetInfo,
-    SetWriter,
-    open_set,
-    read_info,
-    write_info,
-)
+from megatron_jam.data.indexed import SetInfo, read_info, write_info
 from megatron_jam.data.prepare.held_out import TRAINING
 from megatron_jam.data.prepare.running import slice_prefix
 from megatron_jam.data.prepare.writing import ROWS_AT_ONCE, SIDE_TABLE
@@ -33,7 +18,6 @@ from megatron_jam.data.upkeep import merge_sets
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.json")
-_TOKENS_AT_ONCE = 1 << 22
 
 
 def merge_shards(prefix: str, vocabulary: JointVocabulary) -> list[SetInfo]:
@@ -137,108 +121,3 @@ def write_rows(batches: Iterable[pyarrow.RecordBatch], output: str) -> None:
         if len(waiting):
             writer.write_table(waiting.combine_chunks())
     publish(temporary, path)
-
-
-def within_budget(
-    lengths: NDArray[np.integer], kept: NDArray[np.bool_], *, tokens: int, seed: int
-) -> NDArray[np.bool_]:
-    """Which of the documents `kept` are in a random subset of at most `tokens` tokens, bool [n].
-
-    The order in which they are taken depends on the seed and their number alone; a smaller budget's
-    subset is part of a larger one's.
-    """
-    bits = np.random.PCG64(np.random.SeedSequence((seed,))).random_raw(len(lengths))
-    order = np.argsort(bits, kind="stable")
-    order = order[kept[order]]
-    taken = np.cumsum(lengths[order], dtype=np.int64) <= tokens
-    chosen = np.zeros(len(lengths), dtype=np.bool_)
-    chosen[order[taken]] = True
-    return chosen
-
-
-def not_withdrawn(prefix: str, withdrawn: set[str]) -> NDArray[np.bool_]:
-    """Which documents stay, bool [n], when all records of some sources, places or hashes go.
-
-    A document goes whose row of the side table has one of `withdrawn` as `where`, `source` or
-    `licence`, or as the hash (decimal) of any of its pieces; and with it every document in which
-    its own piece is laid out as a retrieved one.
-
-    Raises:
-        UsageError: there is no side table, or one of `withdrawn` is found nowhere.
-    """
-    found: set[str] = set()
-    pieces: set[int] = {int(each) for each in withdrawn if each.isdecimal()}
-    for batch in side_rows(prefix):
-        for row in batch.to_pylist():
-            names = withdrawn & {row["where"], row["source"], row["licence"]}
-            if names:
-                found |= names
-                pieces.add(row["pieces"][-1])
-    kept = []
-    for batch in side_rows(prefix):
-        for hashes in batch.column("pieces").to_pylist():
-            gone = pieces.intersection(hashes)
-            found |= withdrawn & {str(each) for each in gone}
-            kept.append(not gone)
-    if unknown := sorted(withdrawn - found):
-        raise UsageError(f"{prefix} has nothing of {unknown[0]!r}, which is to be withdrawn")
-    return np.array(kept, dtype=np.bool_)
-
-
-def select(
-    prefix: str,
-    output: str,
-    kept: NDArray[np.bool_],
-    vocabulary: JointVocabulary,
-    settings: dict[str, Any],
-) -> SetInfo:
-    """Write the documents `kept` of the set PREFIX as the set `output`; `settings` says why.
-
-    Raises:
-        UsageError: none is left.
-    """
-    opened = open_set(prefix, vocabulary)
-    info = opened.info
-    if not kept.any():
-        raise UsageError(f"{output}: there is no document to write")
-    if Path(f"{prefix}.parquet").is_file():
-        write_rows(_rows_kept(prefix, kept), output)
-    with SetWriter(
-        output,
-        vocabulary=vocabulary,
-        tokenizer_sha256=info.tokenizer_sha256,
-        image_tokenizer_sha256=info.image_tokenizer_sha256,
-        kind=info.kind,
-        settings=info.settings | {"selected": settings},
-    ) as writer:
-        counts = opened.sequence_counts
-        lengths = opened.sequence_lengths[np.repeat(kept, counts)]
-        writer.add(opened.all_tokens[:0], lengths, counts[kept])
-        for numbers in _batches(opened, np.flatnonzero(kept)):
-            documents = [opened.document(int(number)) for number in numbers]
-            writer.add(np.concatenate(documents), counts[:0], counts[:0])
-        return writer.finish()
-
-
-def _rows_kept(prefix: str, kept: NDArray[np.bool_]) -> Iterator[pyarrow.RecordBatch]:
-    first = 0
-    for batch in side_rows(prefix):
-        yield batch.filter(pyarrow.array(kept[first : first + len(batch)]))
-        first += len(batch)
-
-
-def _batches(opened: IndexedSet, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Documents in groups of so many tokens as memory holds easily, or of one document."""
-    ends = np.cumsum(opened.lengths[numbers], dtype=np.int64)
-    first = 0
-    while first < len(numbers):
-        before = int(ends[first - 1]) if first else 0
-        last = int(np.searchsorted(ends, before + _TOKENS_AT_ONCE, side="right"))
-        yield numbers[first : max(last, first + 1)]
-        first = max(last, first + 1)
-
-
-def withdrawn_in(path: Path) -> set[str]:
-    """What a list says is to be withdrawn: a line each, or a JSON string where a name is odd."""
-    lines = (line.rstrip("\n") for line in path.open(encoding="utf-8"))
-    return {json.loads(line) if line.startswith('"') else line for line in lines if line.strip()}

@@ -136,6 +136,23 @@ def test_withdrawn_records_are_gone(world, capsys):
     )
 
 
+@pytest.mark.parametrize("lines", [50, 70])
+def test_nothing_is_chosen_by_a_side_table_of_another_set(world, capsys, lines):
+    prepare(inputs_of(world)[0], world / "sets/x", held_out=HeldOut())
+    write_texts(world / "2.jsonl", texts(lines))
+    prepare(str(world / "2.jsonl"), world / "sets/y", held_out=HeldOut())
+    (world / "sets/y.parquet").replace(world / "sets/x.parquet")
+    where = pyarrow.parquet.read_table(world / "sets/x.parquet").to_pylist()[3]["where"]
+    (world / "list.txt").write_text(where + "\n")
+    for chosen in (("--withdraw", world / "list.txt"), ("--tokens", 500)):
+        told = failure(
+            *(capsys, "merge_data", world / "sets/x", world / "tokenizer", world / "sets/z"),
+            *chosen,
+        )
+        assert "x.parquet is of another set: prepare the set again" in told
+        assert not list((world / "sets").glob("z.*"))
+
+
 def test_sets_are_verified(world, capsys):
     prepare(inputs_of(world), world / "sets/x")
     prepare(inputs_of(world)[0], world / "sets/y", held_out=HeldOut())

@@ -32,6 +32,7 @@ from tests.data.prepare.small import (
     write_bytes,
     write_tar,
 )
+from tests.helpers.commands import run_tool
 
 CODES = "codes made elsewhere"
 
@@ -225,6 +226,46 @@ def test_what_is_held_out_is_retrieved_by_no_training_document(tmp_path):
     assert 10 < len(own) < 50
     assert not own & {piece for row in training for piece in row["pieces"]}
     assert len(training) + len(valid) == 100
+
+
+def test_withdrawn_pairs_are_retrieved_no_more(tmp_path):
+    """What is left is what would have been made had they never been there."""
+    *_, lines = pairs_with_retrieved(tmp_path / "x.jsonl", num_retrieved=3)
+    prepare(tmp_path / "x.jsonl", tmp_path / "x", CODES, bad="stop", retrieved=3)
+    tools = text_tools()
+    tools["tokenizer"].save(tmp_path / "tokenizer/tokenizer.json")
+    tools["vocabulary"].save(tmp_path / "tokenizer/vocabulary.json")
+    rows = pyarrow.parquet.read_table(tmp_path / "x.parquet").to_pylist()
+    gone = range(0, 30, 2)
+    # Some by the place of their record, others by their hash.
+    names = [rows[i]["where"] if i % 4 else str(rows[i]["pieces"][-1]) for i in gone]
+    (tmp_path / "list.txt").write_text("\n".join(names) + "\n")
+    left = tmp_path / "left"
+    arguments = "merge_data", tmp_path / "x", tmp_path / "tokenizer", left
+    run_tool(*arguments, "--withdraw", tmp_path / "list.txt")
+    for i, line in enumerate(lines):
+        fields = zip(line["retrieved"], [*line["others"], i], strict=True)
+        line["retrieved"] = [each for each, number in fields if number not in gone]
+    remaining = [json.dumps(line) for i, line in enumerate(lines) if i not in gone]
+    write_bytes(tmp_path / "y.jsonl", "\n".join(remaining).encode())
+    prepare(tmp_path / "y.jsonl", tmp_path / "due", CODES, bad="stop", retrieved=3)
+    for ending in ("bin", "idx"):
+        due = (tmp_path / f"due.{ending}").read_bytes()
+        assert (tmp_path / f"left.{ending}").read_bytes() == due
+    pieces, due = (
+        pyarrow.parquet.read_table(tmp_path / f"{name}.parquet").column("pieces").to_pylist()
+        for name in ("left", "due")
+    )
+    assert pieces == due
+    assert {len(each) for each in pieces} == {1, 2, 3, 4}
+    run_tool("verify_data", left, tmp_path / "tokenizer")
+    # A budget of tokens counts what is left of the documents.
+    some, budget = tmp_path / "some", sum(map(len, documents(left))) // 2
+    run_tool(*arguments[:-1], some, "--withdraw", tmp_path / "list.txt", "--tokens", budget)
+    found = documents(some)
+    assert all(each in documents(left) for each in found)
+    assert budget - max(map(len, documents(left))) < sum(map(len, found)) <= budget
+    run_tool("verify_data", some, tmp_path / "tokenizer")
 
 
 def bomb(width, height):
