@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from megatron_jam.config.data import DataConfig, DataSetConfig
 from megatron_jam.config.errors import UsageError
@@ -209,13 +209,13 @@ def collate(
 
     Isolated, a document's tokens count their own positions, and its first is not predicted.
     """
-    blocks = torch.from_numpy(np.stack([each.block.tokens for each in samples]))
+    blocks = _stack([each.block.tokens for each in samples])
     tokens = blocks[:, :-1].long()
     batch = {
         "tokens": tokens,
         "labels": blocks[:, 1:].long(),
-        "loss_mask": _stack([each.loss_mask for each in samples]).float(),
-        "positions": torch.arange(tokens.shape[1]).repeat(len(samples), 1),
+        "loss_mask": _stack([each.loss_mask for each in samples], np.float32),
+        "positions": torch.arange(tokens.shape[1]).expand_as(tokens).contiguous(),
         "sets": torch.tensor([each.dataset for each in samples]),
     }
     if isolate_documents:
@@ -228,8 +228,8 @@ def collate(
     return batch
 
 
-def _stack(rows: list[NDArray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(rows))
+def _stack(rows: list[NDArray], dtype: DTypeLike = None) -> torch.Tensor:
+    return torch.from_numpy(np.stack(rows, dtype=dtype))
 
 
 def positions_within(documents: torch.Tensor) -> torch.Tensor:
