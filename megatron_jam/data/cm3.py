@@ -35,7 +35,7 @@ class Cm3Transform:
     def __call__(self, block: Block, *, seed: int, index: int) -> Block:
         """The block of the same size that (seed, index) makes of `block`, 64-bit integers both.
 
-        It is `block` itself if nothing moves. :func:`undo_cm3` is the inverse, without the
+        It has `block`'s own arrays if nothing moves. :func:`undo_cm3` is the inverse, without the
         `dropped` tokens at the end that had to make room.
         """
         return self._transform(block.tokens, block.runs, seed, index)
