@@ -31,6 +31,7 @@ struct Lanes {
   static Floats rounded(Floats a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  static Floats beyond(Floats a, Floats nearest) { return a - nearest; }
   static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
   static float max_of(Floats a) {
     __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -43,12 +44,14 @@ struct Lanes {
 
   static Ints bits(Floats a) { return reinterpret_cast<Ints>(a); }
   static Floats floats(Ints a) { return reinterpret_cast<Floats>(a); }
-  static uint32_t sum_of(Ints a) {
-    const __m256i whole = reinterpret_cast<__m256i>(a);
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-    half = _mm_add_epi32(half, _mm_unpackhi_epi64(half, half));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 1));
-    return static_cast<uint32_t>(_mm_cvtsi128_si32(half));
+  static Ints integers(Floats a) { return reinterpret_cast<Ints>(_mm256_cvtps_epi32(a)); }
+  static int64_t sum_of(Ints a) {
+    const __m256i all = reinterpret_cast<__m256i>(a), odd = _mm256_srli_epi64(all, 32);
+    const __m256i even = _mm256_and_si256(all, _mm256_set1_epi64x(0xFFFFFFFF));
+    const __m256i sums = _mm256_add_epi64(odd, even);
+    const __m128i half =
+        _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    return _mm_cvtsi128_si64(_mm_add_epi64(half, _mm_unpackhi_epi64(half, half)));
   }
 
   static Mask none() { return _mm256_setzero_ps(); }

@@ -31,6 +31,7 @@ struct Lanes {
   static Floats rounded(Floats a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  static Floats beyond(Floats a, Floats) { return _mm512_reduce_ps(a, 0); }  // 0: nearest
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
   static float max_of(Floats a) { return _mm512_reduce_max_ps(a); }
   static Floats where_above(Floats a, Floats floor) {
@@ -39,8 +40,11 @@ struct Lanes {
 
   static Ints bits(Floats a) { return reinterpret_cast<Ints>(a); }
   static Floats floats(Ints a) { return reinterpret_cast<Floats>(a); }
-  static uint32_t sum_of(Ints a) {
-    return static_cast<uint32_t>(_mm512_reduce_add_epi32(reinterpret_cast<__m512i>(a)));
+  static Ints integers(Floats a) { return reinterpret_cast<Ints>(_mm512_cvtps_epi32(a)); }
+  static int64_t sum_of(Ints a) {
+    const __m512i all = reinterpret_cast<__m512i>(a), odd = _mm512_srli_epi64(all, 32);
+    const __m512i even = _mm512_and_si512(all, _mm512_set1_epi64(0xFFFFFFFF));
+    return _mm512_reduce_add_epi64(_mm512_add_epi64(odd, even));
   }
 
   static Mask none() { return 0; }

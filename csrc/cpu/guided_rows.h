@@ -15,8 +15,8 @@ using Floats = Lanes::Floats;
 // it goes into the power's exponent. A NaN comes out as nothing, too.
 inline Floats powers_of(Floats logits, Floats max, Floats scale) {
   const Floats exponent = Lanes::max((logits - max) * scale, Lanes::all(kSmallestExponent));
-  const Floats shift = Lanes::all(0x1.8p23f + kWeightBits);
-  const Floats shifted = exponent + shift, f = exponent - (shifted - shift);
+  const Floats shift = Lanes::all(0x1.8p23f + kWeightBits), shifted = exponent + shift;
+  const Floats f = Lanes::beyond(exponent, shifted - shift);
   Floats power = Lanes::fused(Lanes::all(kExp2C5), f, Lanes::all(kExp2C4));
   power = Lanes::fused(power, f, Lanes::all(kExp2C3));
   power = Lanes::fused(power, f, Lanes::all(kExp2C2));
@@ -46,6 +46,18 @@ class BlockSum {
   static constexpr float kHigh = 0x1.8p38f, kLow = 0x1.8p23f;
   static_assert(kBlock << (kWeightBits - 15) < int64_t{1} << 32);
   Lanes::Ints high_{}, low_{};
+};
+
+// The same with less work, where each weight is below `kLimit`.
+class SmallSum {
+ public:
+  static constexpr float kLimit = 0x1p32f * Lanes::kWidth / kBlock;
+  static_assert(kLimit <= 0x1p31f);
+  void add(Floats weights) { sums_ += Lanes::integers(weights); }
+  int64_t value() const { return Lanes::sum_of(sums_); }
+
+ private:
+  Lanes::Ints sums_{};
 };
 
 template <typename Logit>
@@ -256,7 +268,13 @@ class Row {
   }
 
   int64_t sum_of_all(int64_t block) const {
-    BlockSum sum;
+    return space_.bounds[block] < SmallSum::kLimit ? sum_by<SmallSum>(block)
+                                                   : sum_by<BlockSum>(block);
+  }
+
+  template <typename Sum>
+  int64_t sum_by(int64_t block) const {
+    Sum sum;
     each(block, [&](int64_t, Floats logits) JAM_INLINE { sum.add(powers(logits)); });
     return sum.value();
   }

@@ -1,7 +1,8 @@
 // What a set of instructions includes before its `Lanes` and cpu/guided_rows.h.
 //
 // Lanes are vectors of `kWidth` floats, on which + - * and, on their bits, + and << work as on one
-// float and its uint32_t.
+// float and its uint32_t. beyond(a, nearest) is a less its nearest integer; integers(a) are the
+// nearest, the even one of two, to 0 <= a < 2^31; sum_of(Ints) is exact.
 #pragma once
 
 #include <algorithm>

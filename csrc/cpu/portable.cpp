@@ -19,13 +19,15 @@ struct Lanes {
   static Floats all(float a) { return a; }
   static Floats fused(Floats a, Floats b, Floats c) { return jam::fused(a, b, c); }
   static Floats rounded(Floats a) { return nearest(a); }
+  static Floats beyond(Floats a, Floats nearest) { return a - nearest; }
   static Floats max(Floats a, Floats b) { return a > b ? a : b; }
   static float max_of(Floats a) { return a; }
   static Floats where_above(Floats a, Floats floor) { return a > floor ? a : 0.0f; }
 
   static Ints bits(Floats a) { return bits_of(a); }
   static Floats floats(Ints a) { return float_from_bits(a); }
-  static uint32_t sum_of(Ints a) { return a; }
+  static Ints integers(Floats a) { return static_cast<Ints>(nearest(a)); }
+  static int64_t sum_of(Ints a) { return a; }
 
   static Mask none() { return false; }
   static Mask either(Mask a, Mask b) { return a || b; }
