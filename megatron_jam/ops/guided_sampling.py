@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from megatron_jam.config.log import logger
 from megatron_jam.ops import extension
@@ -80,13 +81,24 @@ def guided_sample(
             setting out of its range; or an argument has a wrong shape, dtype or device. On CUDA
             this check waits for the kernel.
     """
-    settings = guidance_scale, temperature, top_p, top_k, min_p
-    draws = legal, seed, offset, truncated_log_probability
-    if not torch.compiler.is_compiling():
-        drawn = extension.guided_sample(cond, uncond, *settings, *draws)
+    if not is_compiling():
+        drawn = extension.guided_sample(
+            cond,
+            uncond,
+            guidance_scale,
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            legal,
+            seed,
+            offset,
+            truncated_log_probability,
+        )
         if drawn is not None:
             return GuidedSample._make(drawn)
-    return _by_operator(cond, uncond, Settings(*settings), *draws)
+    settings = Settings(guidance_scale, temperature, top_p, top_k, min_p)
+    return _by_operator(cond, uncond, settings, legal, seed, offset, truncated_log_probability)
 
 
 def _by_operator(
