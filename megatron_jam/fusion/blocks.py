@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_jam.ops.average import weighted_average
 from megatron_jam.weights.folder import WeightsFolder
-from megatron_jam.weights.stream import Stored
+from megatron_jam.weights.tensor_file import Stored
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ from megatron_jam.fusion.uniform import uniform_config, uniform_tensor
 from megatron_jam.fusion.vocabulary import PLAN_FILE, VocabularyPlan
 from megatron_jam.fusion.width import width_config, width_tensor
 from megatron_jam.models.parameters import num_parameters, parameter_table
-from megatron_jam.ops.sha256 import LANES
 from megatron_jam.weights.folder import FolderWriter, WeightsFolder, tokenizer_files
 from megatron_jam.weights.stream import Fill
+from megatron_jam.weights.tensor_file import Stored
 
 METHODS: dict[str, tuple[Callable, Callable]] = {
     "uniform": (uniform_config, uniform_tensor),
@@ -108,24 +108,23 @@ class Fusion:
         )
 
     def stream(self, writer: FolderWriter) -> None:
-        """Write every tensor: parents' own as they lie, others some rows at a time, and together
-        with others of their shape.
+        """Write every tensor: those that are computed together, then parents' own as they lie.
 
         Raises:
             UsageError: a parent changed meanwhile.
         """
         compute = METHODS[self.parents.recipe.method][1]
-        alike: dict[tuple[int, ...], dict[str, Fill]] = {}
+        computed: dict[str, Fill] = {}
+        copied: dict[str, Stored] = {}
         for entry in parameter_table(self.parents.config):
             blocks = compute(entry, self.parents)
             if blocks.stored is not None and blocks.rows(0, 0).dtype == self.parents.dtype:
-                writer.copy(entry.name, blocks.stored)
-                continue
-            alike.setdefault(blocks.shape, {})[entry.name] = blocks.fill
-            if len(alike[blocks.shape]) == LANES:
-                writer.write_together(alike.pop(blocks.shape))
-        for tensors in alike.values():
-            writer.write_together(tensors)
+                copied[entry.name] = blocks.stored
+            else:
+                computed[entry.name] = blocks.fill
+        writer.write_together(computed)
+        for name, stored in copied.items():
+            writer.copy(name, stored)
         for folder in self.parents.folders.values():
             folder.unchanged.check()
 

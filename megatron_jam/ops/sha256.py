@@ -2,7 +2,8 @@
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -10,8 +11,10 @@ from megatron_jam.ops.extension import has_sha_lanes, sha256_update
 
 LANES = 16
 """Messages that are hashed at once."""
+ALONE = LANES
+"""The place of one that is hashed by itself, by the instructions for one, beside those."""
 FEWEST = 7
-"""Messages with which that is faster than one after the other, by the instructions for one."""
+"""Messages with which the lanes are faster than those instructions, one after the other."""
 BLOCK = 64
 """Bytes that are hashed at once."""
 
@@ -28,42 +31,55 @@ _START = (
 
 
 class Sha256:
-    """Digests of messages that come in equal pieces."""
+    """Digests of messages that grow side by side: in places 0 .. LANES - 1, and one ALONE."""
 
-    def __init__(self, count: int) -> None:
-        """Begin `count` messages, at most LANES."""
-        assert 1 <= count <= LANES
-        self._single = [hashlib.sha256() for _ in range(count if not _pays(count) else 0)]
+    def __init__(self) -> None:
+        """Begin an empty message in every place."""
         self._states = np.repeat(np.array(_START, dtype=np.uint32)[:, None], LANES, axis=1)
-        self._size = 0
-        self._rest: list[bytes] = [b""] * count
+        self._sizes, self._rests = [0] * LANES, [b""] * LANES
+        self._alone = hashlib.sha256()
 
-    def update(self, pieces: Sequence[memoryview]) -> None:
-        """Add a piece of bytes to each message; all of one size, best a multiple of BLOCK."""
-        assert len(pieces) == len(self._rest)
-        if self._single:
-            for single, piece in zip(self._single, pieces, strict=True):
-                single.update(piece)
-            return
-        self._size += len(pieces[0])
-        if self._rest[0]:
-            joined = zip(self._rest, pieces, strict=True)
-            pieces = [memoryview(rest + bytes(piece)) for rest, piece in joined]
-        whole = len(pieces[0]) // BLOCK * BLOCK
-        if whole:
-            sha256_update(self._states, [piece[:whole] for piece in pieces])
-        self._rest = [bytes(piece[whole:]) for piece in pieces]
+    def update(self, pieces: Mapping[int, memoryview]) -> None:
+        """Add bytes to messages, by place; best about as many to each."""
+        whole: list[memoryview | None] = [None] * LANES
+        for place, given in pieces.items():
+            if place == ALONE:
+                self._alone.update(given)
+                continue
+            self._sizes[place] += len(given)
+            rest = self._rests[place]
+            piece = memoryview(rest + bytes(given)) if rest else given
+            end = len(piece) // BLOCK * BLOCK
+            whole[place], self._rests[place] = piece[:end], bytes(piece[end:])
+        sha256_update(self._states, whole)
 
-    def hexdigests(self) -> list[str]:
-        """Of each message, in order."""
-        if self._single:
-            return [single.hexdigest() for single in self._single]
-        states = self._states.copy()
-        zeros = bytes(-(len(self._rest[0]) + 9) % BLOCK)
-        end = b"\x80" + zeros + struct.pack(">Q", 8 * self._size)
-        sha256_update(states, [rest + end for rest in self._rest])
-        return [states[:, lane].astype(">u4").tobytes().hex() for lane in range(len(self._rest))]
+    def hexdigest(self, place: int) -> str:
+        """Of the message in `place`, where an empty one begins."""
+        if place == ALONE:
+            found, self._alone = self._alone.hexdigest(), hashlib.sha256()
+            return found
+        rest = self._rests[place]
+        zeros = bytes(-(len(rest) + 9) % BLOCK)
+        end = rest + b"\x80" + zeros + struct.pack(">Q", 8 * self._sizes[place])
+        sha256_update(self._states, [end if lane == place else None for lane in range(LANES)])
+        digest = self._states[:, place].astype(">u4").tobytes().hex()
+        self._states[:, place] = _START
+        self._sizes[place], self._rests[place] = 0, b""
+        return digest
 
 
-def _pays(count: int) -> bool:
-    return count >= FEWEST and has_sha_lanes()
+def best_alone(sizes: Sequence[int]) -> int:
+    """How many of the longest messages are better hashed alone, and the others in lanes.
+
+    Args:
+        sizes: of the messages in bytes, the longest first.
+    """
+    if not sizes or not has_sha_lanes():
+        return len(sizes)
+    # Lanes work until the longest message in them ends; all of them as long as FEWEST alone.
+    before = list(accumulate(sizes, initial=0))
+    costs = [
+        alone + FEWEST * max(longest, (before[-1] - alone) / LANES)
+        for alone, longest in zip(before, [*sizes, 0], strict=True)
+    ]
+    return costs.index(min(costs))

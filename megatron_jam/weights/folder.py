@@ -30,7 +30,8 @@ from megatron_jam.config.files import (
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
-from megatron_jam.weights.stream import INDEX, Fill, Stored, TensorStream, read_header
+from megatron_jam.weights.stream import INDEX, Fill, TensorStream
+from megatron_jam.weights.tensor_file import Stored, read_header
 
 CONFIG, VOCABULARY, TOKENIZER = "config.json", "vocabulary.json", "tokenizer.json"
 PROVENANCE = "provenance.json"
@@ -221,7 +222,7 @@ class FolderWriter:
         self._stream.write(name, tensor)
 
     def write_together(self, tensors: Mapping[str, Fill]) -> None:
-        """Write tensors of one shape, given by what writes their rows into a buffer."""
+        """Write tensors together, given by what writes their rows into a buffer."""
         self._stream.write_together(tensors)
 
     def copy(self, name: str, stored: Stored) -> None:

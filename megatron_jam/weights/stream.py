@@ -1,14 +1,12 @@
 """Safetensors files written tensor by tensor, whatever their number and size."""
 
-import errno
 import hashlib
 import json
-import os
-import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,20 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import read_json, write_json, write_text_atomically, writing
+from megatron_jam.config.files import read_json, write_json, write_text_atomically
 from megatron_jam.config.log import logger
-from megatron_jam.ops.sha256 import Sha256
+from megatron_jam.ops.sha256 import ALONE, LANES, Sha256, best_alone
+from megatron_jam.weights.tensor_file import Stored, TensorFile, header_of
 
 INDEX = "model.safetensors.index.json"
 """Which file holds which tensor."""
 JOURNAL = "journal.json"
 """Which files of an unfinished folder are whole, and of what they were made."""
 
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PIECE_BYTES = 2 << 20
 """Of a tensor in memory, written at once: still in the cache when it is hashed."""
 _BLOCK_BYTES = 1 << 18
 """Of rows that are made at once."""
-_LINE_BYTES = 64
-"""Of the cache."""
 _WAITING_BYTES = 8 << 20
 """Of pieces that may wait for their hash."""
 
@@ -42,27 +37,11 @@ Fill = Callable[[Tensor, int, int], None]
 """(out, start, stop): writes rows start .. stop - 1 of a tensor to `out`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """Where the bytes of a tensor lie."""
-
-    path: Path
-    """Its file."""
-
-    offset: int
-    """Of its first byte in the file."""
-
-    size: int
-    """In bytes."""
-
-    sha256: str
-    """Of its bytes, as they were once written."""
-
-
 class TensorStream:
     """Writes tensors to planned places in as many files as it takes.
 
-    One thread makes rows, a second one writes them, a third one computes their hashes.
+    One thread makes rows, a second one writes them, a third one computes their hashes. Where the
+    first would wait for the others, it writes too.
     """
 
     def __init__(
@@ -90,10 +69,10 @@ class TensorStream:
         self._number = {name: i for i, names in enumerate(self._files) for name in names}
         self._resume = resume and _sha256_of([resume, str(dtype), self._shapes, file_bytes])
         self._whole: list[dict[str, str]] = []
-        self._open: dict[int, _OpenFile] = {}
+        self._open: dict[int, TensorFile] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hasher")
-        self._waiting: deque[tuple[list[Future], int, list[NDArray[np.uint8]]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._free: list[NDArray[np.uint8]] = []
         self._digests: dict[str, Future | str] = {}
 
@@ -122,68 +101,85 @@ class TensorStream:
         return journal["files"]
 
     def _header(self, names: Iterable[str]) -> bytes:
-        return _header({name: self._shapes[name] for name in names}, self._dtype)
+        return header_of({name: self._shapes[name] for name in names}, self._dtype)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of its planned shape, which must stay as it is until :meth:`finish`."""
         assert tuple(tensor.shape) == self._shapes[name], f"{name}: shape {tuple(tensor.shape)}"
         data = memoryview(_bytes_of(tensor.detach().to("cpu", self._dtype).contiguous()))
-        digest, file = Sha256(1), self._file_of(name)
+        digest, file = hashlib.sha256(), self._file_of(name)
         for start in range(0, len(data), _PIECE_BYTES):
-            piece = data[start : start + _PIECE_BYTES]
-            self._hand_over([(file, name, start, piece)], digest, [])
-        self._finish(name, self._hasher.submit(lambda: digest.hexdigests()[0]))
+            part = data[start : start + _PIECE_BYTES]
+            self._hand_over([_Piece(file, name, start, part)], partial(digest.update, part))
+        self._finish(name, self._hasher.submit(digest.hexdigest))
 
     def write_together(self, tensors: Mapping[str, Fill]) -> None:
-        """Write tensors of one shape, some rows of each in turn: many are hashed faster together.
+        """Write tensors, some rows of each in turn: many are hashed faster together.
 
         Args:
             tensors: by name, what writes rows into a buffer of their shape and the stream's dtype.
         """
-        (shape,) = {self._shapes[name] for name in tensors}
-        files = {name: self._file_of(name) for name in tensors}
-        row = max(1, torch.Size(shape[1:]).numel() * self._dtype.itemsize)
+        names = sorted(tensors, key=self._bytes, reverse=True)
+        alone = best_alone([self._bytes(name) for name in names])
+        single, others = deque(names[:alone]), deque(names[alone:])
+        queues = {ALONE: single} | {lane: others for lane in range(LANES)}
+        digest, growing = Sha256(), dict[int, Iterator[_Piece]]()
+        while True:
+            for place, queue in queues.items():
+                if queue and place not in growing:
+                    name = queue.popleft()
+                    growing[place] = self._pieces(name, tensors[name])
+            if not growing:
+                return
+            made = {place: next(pieces) for place, pieces in growing.items()}
+            read = {place: piece.read for place, piece in made.items()}
+            self._hand_over(list(made.values()), partial(digest.update, read))
+            for place, piece in made.items():
+                if piece.is_last:
+                    del growing[place]
+                    self._finish(piece.name, self._hasher.submit(digest.hexdigest, place))
+
+    def _pieces(self, name: str, fill: Fill) -> Iterator["_Piece"]:
+        """Some rows after others of a tensor, in buffers that are used again."""
+        file, (count, *shape) = self._file_of(name), self._shapes[name]
+        row = max(1, torch.Size(shape).numel() * self._dtype.itemsize)
         step = max(1, _BLOCK_BYTES // row)
-        digest = Sha256(len(tensors))
-        for start in range(0, shape[0], step):
-            stop = min(start + step, shape[0])
-            pieces: list[_Piece] = []
-            buffers: list[NDArray[np.uint8]] = []
-            for name, fill in tensors.items():
-                buffer = self._buffer(step * row)
-                piece = buffer[: (stop - start) * row]
-                rows = torch.from_numpy(piece).view(self._dtype)
-                fill(rows.view(stop - start, *shape[1:]), start, stop)
-                pieces.append((files[name], name, start * row, memoryview(piece)))
-                buffers.append(buffer)
-            self._hand_over(pieces, digest, buffers)
-        found = self._hasher.submit(digest.hexdigests)
-        for place, name in enumerate(tensors):
-            self._finish(name, self._hasher.submit(lambda i=place: found.result()[i]))
+        for start in range(0, max(count, 1), step):
+            stop = min(start + step, count)
+            buffer = self._buffer(step * row)
+            part = buffer[: (stop - start) * row]
+            rows = torch.from_numpy(part).view(self._dtype)
+            fill(rows.view(stop - start, *shape), start, stop)
+            yield _Piece(file, name, start * row, memoryview(part), buffer, stop == count)
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
         """One of at least `size` bytes that nobody reads any more."""
         found = self._free.pop() if self._free else np.empty(0, dtype=np.uint8)
         return found if len(found) >= size else np.empty(max(size, _BLOCK_BYTES), dtype=np.uint8)
 
-    def _hand_over(
-        self, pieces: Sequence["_Piece"], digest: Sha256, buffers: list[NDArray[np.uint8]]
-    ) -> None:
-        """Have pieces written and hashed; `buffers` are free when they are."""
-        read = [piece for *_, piece in pieces]
-        jobs = [
-            self._writer.submit(_write_all, pieces),
-            self._hasher.submit(digest.update, read),
-        ]
-        self._waiting.append((jobs, sum(map(len, read)), buffers))
-        while len(self._waiting) > 1 and sum(n for _, n, _ in self._waiting) > _WAITING_BYTES:
+    def _hand_over(self, pieces: Sequence["_Piece"], hashing: Callable[[], None]) -> None:
+        """Have pieces written and hashed; their buffers are free when they are."""
+        write = partial(_write_all, pieces)
+        buffers = [piece.buffer for piece in pieces if piece.buffer is not None]
+        size = sum(len(piece.read) for piece in pieces)
+        hashed = self._hasher.submit(hashing)
+        self._waiting.append(_Waiting(write, self._writer.submit(write), hashed, size, buffers))
+        while len(self._waiting) > 1 and sum(each.size for each in self._waiting) > _WAITING_BYTES:
             self._await_first()
 
     def _await_first(self) -> None:
-        jobs, _, buffers = self._waiting.popleft()
-        for job in jobs:
-            job.result()
-        self._free += buffers
+        """Wait until the oldest pieces are written and hashed; meanwhile, write later ones."""
+        first = self._waiting[0]
+        for each in reversed(self._waiting):
+            if first.is_done:
+                break
+            if not each.written.cancelled() and each.written.cancel():
+                each.write()
+        for job in (first.written, first.hashed):
+            if job and not job.cancelled():
+                job.result()
+        self._waiting.popleft()
+        self._free += first.buffers
 
     def copy(self, name: str, stored: Stored) -> None:
         """Write a tensor that lies as it is in another file.
@@ -192,18 +188,18 @@ class TensorStream:
             UsageError: the file is shorter than it was; now, or in a later call.
         """
         assert stored.size == self._bytes(name), f"{name}: {stored.size} bytes"
-        job = self._writer.submit(self._file_of(name).copy, name, stored)
-        self._waiting.append(([job], 0, []))
+        copy = partial(self._file_of(name).copy, name, stored)
+        self._waiting.append(_Waiting(copy, self._writer.submit(copy), None, 0, []))
         self._finish(name, stored.sha256)
 
-    def _file_of(self, name: str) -> "_OpenFile":
+    def _file_of(self, name: str) -> TensorFile:
         """The file in which a tensor has its place."""
         assert name not in self._digests, f"{name} was written before"
         number = self._number[name]
         if number not in self._open:
             sizes = {each: self._bytes(each) for each in self._files[number]}
             header = self._header(self._files[number])
-            self._open[number] = _OpenFile(self._path(number), header, sizes)
+            self._open[number] = TensorFile(self._path(number), header, sizes)
         return self._open[number]
 
     def _finish(self, name: str, digest: Future | str) -> None:
@@ -258,53 +254,6 @@ class TensorStream:
         return self._folder / f"model-{index + 1:05d}-of-{len(self._files):05d}.safetensors"
 
 
-class _OpenFile:
-    """A safetensors file whose tensors are written in any order."""
-
-    def __init__(self, path: Path, header: bytes, sizes: Mapping[str, int]) -> None:
-        """Write the header; `sizes` of the tensors in bytes, in order."""
-        self._path, self._places, end = path, dict[str, int](), len(header)
-        for name, size in sizes.items():
-            self._places[name] = end
-            end += size
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._write(0, memoryview(header))
-
-    def write(self, name: str, offset: int, piece: memoryview) -> None:
-        """Write bytes of a tensor from `offset` on."""
-        try:
-            self._write(self._places[name] + offset, piece)
-        except OSError as error:
-            if error.errno == errno.EFAULT:
-                # It lies in a mapped file that was cut off: reading it here says of which
-                # (config/faults.py).
-                bytes(piece)
-            raise
-
-    def _write(self, place: int, piece: memoryview) -> None:
-        with writing(self._path):
-            while piece:
-                done = os.pwrite(self._file, piece, place)
-                place, piece = place + done, piece[done:]
-
-    def copy(self, name: str, stored: Stored) -> None:
-        """Copy a tensor within the kernel; UsageError if the other file has not so much."""
-        with stored.path.open("rb") as source, writing(self._path):
-            os.lseek(self._file, self._places[name], os.SEEK_SET)
-            if not _copy_range(source.fileno(), stored.offset, self._file, stored.size):
-                raise UsageError(f"{stored.path} was cut off while it was read: run this again")
-
-    def close(self) -> None:
-        """Have it on the disk."""
-        with writing(self._path):
-            os.fsync(self._file)
-        self.release()
-
-    def release(self) -> None:
-        """Close it as it is."""
-        os.close(self._file)
-
-
 def _sha256_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -318,24 +267,37 @@ def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     return tensor.view(torch.uint8).numpy().reshape(-1)
 
 
-_Piece = tuple[_OpenFile, str, int, memoryview]
-"""(file, tensor, offset in it, bytes)."""
+@dataclass(frozen=True)
+class _Piece:
+    """Some bytes of a tensor."""
+
+    file: TensorFile
+    name: str
+    offset: int
+    read: memoryview
+    buffer: NDArray[np.uint8] | None = None
+    is_last: bool = True
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What is being written and hashed."""
+
+    write: Callable[[], None]
+    written: Future
+    hashed: Future | None
+    size: int
+    buffers: list[NDArray[np.uint8]]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nobody needs the buffers."""
+        return self.written.done() and (self.hashed is None or self.hashed.done())
 
 
 def _write_all(pieces: Sequence[_Piece]) -> None:
-    for file, name, offset, piece in pieces:
-        file.write(name, offset, piece)
-
-
-def _copy_range(source: int, offset: int, target: int, size: int) -> bool:
-    """Copy within the kernel, from `offset` of one file to the place of the other; whether the
-    first had so much."""
-    while size:
-        done = os.sendfile(target, source, offset, size)
-        if not done:
-            return False
-        offset, size = offset + done, size - done
-    return True
+    for piece in pieces:
+        piece.file.write(piece.name, piece.offset, piece.read)
 
 
 def _plan(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:
@@ -349,32 +311,3 @@ def _plan(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> l
         files[-1].append(name)
         used += size
     return files
-
-
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """The head of a safetensors file: length, then JSON padded to whole lines of the cache."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
-        entries[name] = {
-            "dtype": _DTYPES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-(8 + len(text)) % _LINE_BYTES)
-    return struct.pack("<Q", len(text)) + text
-
-
-def read_header(path: Path) -> dict[str, tuple[int, int]]:
-    """Where the bytes start and stop of each tensor in a safetensors file."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        entries = json.loads(file.read(size))
-    return {
-        name: (8 + size + entry["data_offsets"][0], 8 + size + entry["data_offsets"][1])
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    }

@@ -1,6 +1,7 @@
 """Tensors written whole, as blocks of rows, and copied as they lie: the same files."""
 
 import hashlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.weights.stream import INDEX, Fill, Stored, TensorStream, read_header
+from megatron_jam.weights.stream import INDEX, Fill, TensorStream
+from megatron_jam.weights.tensor_file import Stored, read_header
 
 ROWS = 70_000
 """More than one piece of 2 MiB."""
@@ -77,6 +79,44 @@ def test_many_side_by_side_and_in_any_order(rows: int, tmp_path: Path) -> None:
     assert parts.hashes == whole.hashes
     assert len(files(tmp_path / "whole")) > 5
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_unlike_shapes_together(tmp_path: Path) -> None:
+    """More tensors than lanes, of several sizes, ranks and files; one of no rows."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(70_000, 33), *[(9000 + 7 * n, 40) for n in range(30)], *[(n,) for n in range(9)]]
+    given = {
+        str(n): torch.randn(shape, generator=generator).bfloat16() for n, shape in enumerate(shapes)
+    }
+    whole, parts = stream(tmp_path / "whole", given), stream(tmp_path / "parts", given)
+    for name, tensor in given.items():
+        whole.write(name, tensor)
+    whole.finish()
+    parts.write_together({name: fill(tensor) for name, tensor in given.items()})
+    parts.finish()
+    assert parts.hashes == whole.hashes
+    assert len(files(tmp_path / "whole")) > 5
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_the_first_thread_writes_what_nobody_has_begun(tmp_path: Path) -> None:
+    """All of it, while the writer is held up."""
+    given = {str(n): torch.full((500,), float(n)).bfloat16() for n in range(20)}
+    whole, parts = stream(tmp_path / "whole", given), stream(tmp_path / "parts", given)
+    for name, tensor in given.items():
+        whole.write(name, tensor)
+    whole.finish()
+    (source,) = (tmp_path / "whole").glob("*.safetensors")
+    free = threading.Event()
+    parts._writer.submit(free.wait, timeout=60)
+    try:
+        for name, (start, stop) in read_header(source).items():
+            hashed = whole.hashes[name]
+            parts.copy(name, Stored(path=source, offset=start, size=stop - start, sha256=hashed))
+        parts.finish()
+        assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    finally:
+        free.set()
 
 
 def test_a_source_that_ends_early_is_an_error(tmp_path: Path) -> None:
