@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 WRITER_RESULTS = next(
     name
@@ -20,3 +21,13 @@ OWN_WRITERS: dict[str, Any] = (
 )
 """How `dist_checkpointing.save` is told to prepare Megatron's own asynchronous writers: later
 versions ask for NVIDIA's resiliency extension unless they are told."""
+
+
+def match_groups(saved: dict[str, Any], optimizer: MegatronOptimizer) -> None:
+    """Give the groups of a saved optimizer's description this run's highest learning rate.
+
+    Later versions find a group by it, too, where a run that goes on with another rate, or whose
+    checkpoint is of another engine, has none such.
+    """
+    for group in saved.get("optimizer", saved).get("param_groups", []):
+        group["max_lr"] = optimizer.config.lr

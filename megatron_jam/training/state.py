@@ -23,6 +23,7 @@ from megatron.core.utils import (
 
 from megatron_jam.models.jam import JamModel
 from megatron_jam.models.sharding import Holder, holders
+from megatron_jam.parallel.versions import match_groups
 from megatron_jam.parallel.world import World
 from megatron_jam.training.moments import (
     Share,
@@ -81,6 +82,7 @@ def take_state(
         value = loaded["model"][_local_key(holder)]
         if value.data_ptr() != holder.parameter.data_ptr():
             holder.parameter.copy_(value)
+    match_groups(loaded["optimizer"], optimizer)
     optimizer.load_state_dict(loaded["optimizer"])
     shares = find_shares(optimizer, world.replicas)
     for holder, share in _learning(chunks, shares):

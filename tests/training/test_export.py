@@ -68,8 +68,8 @@ def test_the_last_checkpoint_is_the_folder_that_the_run_wrote(
     written = WeightsFolder(tmp_path / "run/weights").provenance
     assert WeightsFolder(tmp_path / "exported").provenance == written
     assert written["steps"] == 4
-    (path / "common.pt").unlink()
-    with pytest.raises(UsageError, match=r"damaged checkpoint: .*common\.pt is missing"):
+    (path / "__0_0.distcp").unlink()
+    with pytest.raises(UsageError, match=r"damaged checkpoint: .*__0_0\.distcp is missing"):
         export_checkpoint(path, tmp_path / "again")
     assert not (tmp_path / "again").exists()
     with pytest.raises(UsageError, match="is no folder; name one such as"):

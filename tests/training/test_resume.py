@@ -1,5 +1,6 @@
 """A stopped and resumed run is the undisturbed one; state moves between layouts."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -14,6 +15,7 @@ from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.data.loader import build_dataset
 from megatron_jam.training.checkpoint import complete_checkpoints
 from megatron_jam.training.manifest import read_manifest, write_manifest
+from megatron_jam.training.metrics import read_metrics
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.reference import reference_logits
 from tests.helpers.pool import WorkerPool
@@ -160,6 +162,18 @@ def test_fewer_steps_than_were_made_are_refused(
     with pytest.raises(RuntimeError, match="steps is 1, but the run has made 2 already"):
         pool.run(run_training, ParallelConfig(), {**values, "steps": 1})
     assert not (stopped / "weights").exists()
+
+
+def test_a_run_may_go_on_with_another_learning_rate(
+    pool: WorkerPool, material: tuple[Path, Path], stopped: Path
+) -> None:
+    values = settings(material, stopped, ParallelConfig())
+    optimizer = dataclasses.replace(values["optimizer"], learning_rate=3e-3)
+    pool.run(run_training, ParallelConfig(), {**values, "optimizer": optimizer})
+    lines = [x for x in read_metrics(stopped / "metrics.jsonl") if x["kind"] == "train"]
+    rates = [values["optimizer"].rate(step, STEPS) for step in range(HALF)]
+    rates += [optimizer.rate(step, STEPS) for step in range(HALF, STEPS)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
 
 
 def test_a_torn_line_of_metrics_is_dropped(
