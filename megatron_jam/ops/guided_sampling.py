@@ -55,11 +55,10 @@ def guided_sample(
     z = (u + guidance_scale (c - u)) / temperature over the legal ids (paper Eq. 6). Filters, in the
     order of transformers: an id is kept by top-k if fewer than k of z are strictly larger, by top-p
     if the strictly larger ones have less than top_p of the probability that top-k left, by min-p if
-    its probability is at least min_p of the largest. So ties stay together, and the largest is
-    always kept. The draw is a function of the row and of its (seed, offset) alone: the same on CPU
-    and CUDA, in any batch and on any number of threads. Weights are relative to the largest of the
-    row, rounded to multiples of 2^-36: less likely ids are never drawn, and ids whose weights round
-    to the same number are ties. Specification: ops/reference.py.
+    its probability is at least min_p of the largest: ties stay together, the largest is kept. The
+    draw is a function of the row and of its (seed, offset) alone: the same on CPU and CUDA, in any
+    batch, on any number of threads. Weights are relative to the row's largest, rounded to multiples
+    of 2^-36: less likely ids are never drawn, those of one weight are ties. See ops/reference.py.
 
     Args:
         cond: logits with the condition [rows, V], V <= 2^17; float32, bfloat16 or float16.
@@ -68,9 +67,7 @@ def guided_sample(
         guidance_scale: 1 samples from `cond`, 0 from `uncond`. This and the next four are one
             number, or one a row (a tensor [rows]).
         temperature: 0 is greedy: the largest z, by the lower id where two are equal.
-        top_p: in (0, 1]; 1 keeps every id.
-        top_k: a whole number >= 0; 0 keeps every id.
-        min_p: in [0, 1]; 0 keeps every id.
+        top_p, top_k, min_p: in (0, 1], a whole number >= 0, in [0, 1]; 1, 0, 0 keep every id.
         legal: which ids may be drawn. A range reads and computes nothing of the rest.
         seed: any 64-bit integer for each row, int64 [rows]; an int for a single row.
         offset: the number of the draw in the seed's stream, int64 [rows] or an int for all rows.
