@@ -19,7 +19,8 @@ void for_each_row(int64_t num_rows, const Work& work) {
     for (int64_t row = 0; row < num_rows; ++row) work(row);
     return;
   }
-#pragma omp parallel for schedule(static) num_threads(threads)
+  // A thread that wakes late, or whose core others use too, takes fewer rows.
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t row = 0; row < num_rows; ++row) work(row);
 }
 
