@@ -53,8 +53,9 @@ def main(
         precision: of weights and activations; losses are summed in fp32 and more.
         parallel: layout, under torchrun.
         pictures: how pictures of captions become codes.
-        scratch: folder for what has to be prepared, which stays; ranks of several hosts need one
-            that all of them see. By default a temporary one.
+        scratch: folder for what has to be prepared: sets stay, a checkpoint's weights go once they
+            are measured. Ranks of several hosts need one that all of them see. By default a
+            temporary one.
         output: JSON file of the results.
     """
     if not weights or not sets:

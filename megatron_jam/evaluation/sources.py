@@ -77,13 +77,18 @@ def weights_of(path: Path, scratch: Path, world: World) -> Iterator[Path]:
     if not (path / MANIFEST).is_file():
         yield path
         return
-    made = scratch / f"{path.resolve().parent.parent.name}-{path.name}"
-    _on_first_rank(world, lambda: export_checkpoint(path, made))
+    scratch.mkdir(parents=True, exist_ok=True)
+    # A folder of its own: another process may measure the same checkpoint in the same scratch.
+    made = [tempfile.mkdtemp(dir=scratch) if world.rank == 0 else ""]
+    dist.broadcast_object_list(made)
+    folder = Path(made[0])
+    exported = folder / f"{path.resolve().parent.parent.name}-{path.name}"
     try:
-        yield made
+        _on_first_rank(world, lambda: export_checkpoint(path, exported))
+        yield exported
     finally:
         if world.rank == 0:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepared_sets(

@@ -25,7 +25,7 @@ class Adam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adam_w_mode: bool = True,
-        capturable: bool = False,
+        capturable: bool = False,  # apex's, too; Megatron-Core passes it from 0.17 on
     ) -> None:
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay is supported")

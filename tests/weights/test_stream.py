@@ -108,12 +108,13 @@ def test_the_first_thread_writes_what_nobody_has_begun(tmp_path: Path) -> None:
     whole.finish()
     (source,) = (tmp_path / "whole").glob("*.safetensors")
     free = threading.Event()
-    parts._writer.submit(free.wait, timeout=60)
+    held = parts._writer.submit(free.wait, timeout=60)
     try:
         for name, (start, stop) in read_header(source).items():
             hashed = whole.hashes[name]
             parts.copy(name, Stored(path=source, offset=start, size=stop - start, sha256=hashed))
         parts.finish()
+        assert not held.done(), "the writer wrote"
         assert files(tmp_path / "parts") == files(tmp_path / "whole")
     finally:
         free.set()

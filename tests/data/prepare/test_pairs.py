@@ -229,7 +229,8 @@ def test_what_is_held_out_is_retrieved_by_no_training_document(tmp_path):
 
 
 def test_withdrawn_pairs_are_retrieved_no_more(tmp_path):
-    """What is left is what would have been made had they never been there."""
+    """What is left is what would have been made had they never been there, if no candidate was left
+    out for them."""
     *_, lines = pairs_with_retrieved(tmp_path / "x.jsonl", num_retrieved=3)
     prepare(tmp_path / "x.jsonl", tmp_path / "x", CODES, bad="stop", retrieved=3)
     tools = text_tools()
