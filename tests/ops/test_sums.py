@@ -1,4 +1,4 @@
-"""Sums of weights are exact, however many there are and however small they are, on every backend."""
+"""Sums of weights are exact, however many there are and however small, on every backend."""
 
 import math
 
