@@ -28,9 +28,9 @@ JOURNAL = "journal.json"
 
 _PIECE_BYTES = 2 << 20
 """Of a tensor in memory, written at once: still in the cache when it is hashed."""
-_BLOCK_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 20
 """Of rows that are made at once."""
-_WAITING_BYTES = 8 << 20
+_WAITING_BYTES = 32 << 20
 """Of pieces that may wait for their hash."""
 
 Fill = Callable[[Tensor, int, int], None]
@@ -41,7 +41,7 @@ class TensorStream:
     """Writes tensors to planned places in as many files as it takes.
 
     One thread makes rows, a second one writes them, a third one computes their hashes. Where the
-    first would wait for the others, it writes too.
+    first would wait for the others, it copies too.
     """
 
     def __init__(
@@ -168,12 +168,13 @@ class TensorStream:
             self._await_first()
 
     def _await_first(self) -> None:
-        """Wait until the oldest pieces are written and hashed; meanwhile, write later ones."""
+        """Wait until the oldest pieces are written and hashed; meanwhile, copy what is to be copied.
+        Rows from memory are left to the writer: the kernel lets one thread at a time into a file."""
         first = self._waiting[0]
         for each in reversed(self._waiting):
             if first.is_done:
                 break
-            if not each.written.cancelled() and each.written.cancel():
+            if each.hashed is None and not each.written.cancelled() and each.written.cancel():
                 each.write()
         for job in (first.written, first.hashed):
             if job and not job.cancelled():
