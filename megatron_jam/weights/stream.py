@@ -168,8 +168,8 @@ class TensorStream:
             self._await_first()
 
     def _await_first(self) -> None:
-        """Wait until the oldest pieces are written and hashed; meanwhile, copy what is to be copied.
-        Rows from memory are left to the writer: the kernel lets one thread at a time into a file."""
+        """Wait until the oldest pieces are written and hashed; meanwhile, copy what is to be
+        copied. Rows are left to the writer: of two threads that write to a file one spins."""
         first = self._waiting[0]
         for each in reversed(self._waiting):
             if first.is_done:
