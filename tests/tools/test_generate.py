@@ -106,7 +106,8 @@ def test_only_the_image_tokenizer_of_the_training_draws(
         (weights / PROVENANCE).write_text(json.dumps(fields))
         main(str(weights), images, str(tmp_path / "out"), **options)
     image_tokenizer(seed=1).save(tmp_path / "again")
-    with pytest.raises(UsageError, match=r"is not the one .* that .*weights was trained on"):
+    expected = r"is not the image tokenizer .* of the pictures that .*weights was trained on"
+    with pytest.raises(UsageError, match=expected):
         main(str(weights), str(tmp_path / "again"), str(tmp_path / "out"), **options)
 
 
