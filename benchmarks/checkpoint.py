@@ -194,13 +194,14 @@ def small_run(world: World, root: Path) -> RunConfig:
 
 
 class LastStep(Callback):
-    """Remembers what the last step was."""
+    """Remembers what of the last step is not measured."""
 
     seconds = 0.0
 
     def step_made(self, step: int, result: StepResult) -> None:
-        """Its parts' times, the batch's included."""
-        self.seconds = sum(result.seconds.values())
+        """Its parts, the batch included, and the wait for ranks that are slower at them, which
+        would else be had by the next step."""
+        self.seconds = sum(result.seconds.values()) + seconds(dist.barrier)
 
 
 def checks(config: RunConfig, world: World, pairs: int) -> list[Row]:
@@ -223,6 +224,7 @@ def _beyond(config: RunConfig, world: World, pairs: int, log_every: int) -> list
 
     def beyond() -> float:
         taken = seconds(lambda: training._advance(next(steps))) - last.seconds
+        dist.barrier()
         norms = seconds(engine._part_norms) - seconds(engine.optimizer.get_grad_norm)
         return 1e3 * (taken + norms + seconds(lambda: training.health.judge(1.0, 1.0)))
 
