@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/numpy_rows.h"
-#include "jam/wide.h"
+#include "jam/for_each_cpu.h"
 #include "launchers.h"
 
 namespace py = pybind11;
@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace jam {
 namespace {
 
-JAM_WIDE void widen(const uint16_t* from, int64_t count, int32_t* to) {
+JAM_FOR_EACH_CPU void widen(const uint16_t* from, int64_t count, int32_t* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 

@@ -11,9 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "jam/for_each_cpu.h"
 #include "jam/philox.h"
 #include "jam/runs.h"
-#include "jam/wide.h"
 
 namespace jam {
 
@@ -51,8 +51,8 @@ class Cm3Uniforms {
 };
 
 // A place of [from, end) up to which none of three ids stands: close before the first that does.
-JAM_WIDE static int64_t skip_others(const int32_t* tokens, int64_t from, int64_t end, int32_t a,
-                                    int32_t b, int32_t c) {
+JAM_FOR_EACH_CPU static int64_t skip_others(const int32_t* tokens, int64_t from, int64_t end,
+                                            int32_t a, int32_t b, int32_t c) {
   constexpr int64_t kAtOnce = 64;  // without a branch inside, so that it is vectorised
   for (; from + kAtOnce <= end; from += kAtOnce) {
     int32_t found = 0;
