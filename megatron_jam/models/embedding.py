@@ -1,12 +1,19 @@
 """Token ids -> the states in which the towers begin."""
 
+from typing import Any
+
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_jam.config.model import MAIN, ModelConfig
+from megatron_jam.models.main_gradients import LookUp
 from megatron_jam.models.parameters import padded_vocabulary
 from megatron_jam.parallel.world import World
 
@@ -41,6 +48,29 @@ class Embedding(nn.Module):
         return [table.tokens.weight for table in self.tables.values()]
 
 
+class TokenRows(VocabParallelEmbedding):
+    """Megatron's, which adds its gradients to the sums of Megatron's wrapper if there will be
+    any."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        self.main_gradients = config.gradient_accumulation_fusion
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [B, S] -> [B, S, d], or [S / TP, B, d] with sequence parallelism."""
+        if not (self.main_gradients and self.weight.requires_grad):
+            return super().forward(tokens)
+        local = tokens - self.vocab_start_index
+        elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
+        rows = LookUp.apply(local.masked_fill(elsewhere, 0), self.weight)
+        if self.tp_group.size() > 1:
+            rows = rows.masked_fill(elsewhere[..., None], 0)
+        if self.reduce_scatter_embeddings:
+            rows = rows.transpose(0, 1).contiguous()
+            return reduce_scatter_to_sequence_parallel_region(rows, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+
+
 class Table(nn.Module):
     """Token rows, split over tensor-parallel ranks by vocabulary, plus learned positions if its
     tower has them."""
@@ -53,7 +83,7 @@ class Table(nn.Module):
         self.offset = model.position_offset
         self.sequence_parallel = config.sequence_parallel
         self.group = world.groups.tp
-        self.tokens = VocabParallelEmbedding(
+        self.tokens = TokenRows(
             padded_vocabulary(model.vocab_size, world.tensor.size),
             d,
             init_method=nn.init.zeros_,

@@ -31,6 +31,7 @@ class Head(nn.Module):
         self.group = world.groups.tp
         self.sequence_parallel = config.sequence_parallel
         self.num_real = num_real_rows(model.vocab_size, world)
+        self.main_gradients = config.gradient_accumulation_fusion
         self.readings = _readings(model, world, local)
 
     def logits(self, states: tuple[Tensor, ...], tables: list[nn.Parameter] | None) -> Tensor:
@@ -68,6 +69,8 @@ class Head(nn.Module):
             num_real=self.num_real,
             group=self.group,
             z_loss=z_loss,
+            main_gradients=self.main_gradients,
+            reports=bool(self.tables),  # else the embedding does, whose backward pass comes later
         )
         return total, losses.view_as(labels.T).T.contiguous()
 

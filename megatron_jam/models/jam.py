@@ -56,7 +56,7 @@ class JamModel(MegatronModule):
         """Build chunk `chunk` of this stage; weights are left for `weights/load.py` to fill.
 
         `z_loss` is of `linear_cross_entropy`; `main_gradients` is whether Megatron's wrapper will
-        keep gradients, to which fused kernels can add within the product.
+        keep gradients, to which tables, and linear layers with fused kernels, add theirs.
 
         Raises:
             UsageError: if the layout does not fit the model, or the backend is not there; the
@@ -65,7 +65,7 @@ class JamModel(MegatronModule):
         parallel = world.parallel
         parallel.check_backend(backend)
         check_layout(model, parallel, fp8)
-        super().__init__(config=joint_engine_config(model, world, dtype, fp8))
+        super().__init__(config=joint_engine_config(model, world, dtype, fp8, main_gradients))
         self.parts = parts_of(backend, fp8, world)
         self.model_type = ModelType.encoder_or_decoder
         self.model_config = model
@@ -202,7 +202,11 @@ class JamModel(MegatronModule):
 
 
 def joint_engine_config(
-    model: ModelConfig, world: World, dtype: torch.dtype, fp8: str = "none"
+    model: ModelConfig,
+    world: World,
+    dtype: torch.dtype,
+    fp8: str = "none",
+    main_gradients: bool = False,
 ) -> TransformerConfig:
     """Megatron's settings for the model as a whole: schedules, gradients, embedding and head.
 
@@ -230,7 +234,7 @@ def joint_engine_config(
         deallocate_pipeline_outputs=False,
         perform_initialization=False,
         bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=main_gradients,
         **fp8_settings(fp8),
     )
 

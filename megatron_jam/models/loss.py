@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_jam.models.main_gradients import added
+
 LOGITS_AT_ONCE = 1 << 24
 """How many logits of a rank exist at a time (64 MiB in fp32)."""
 
@@ -49,6 +51,8 @@ def linear_cross_entropy(
     num_real: int,
     group: dist.ProcessGroup,
     z_loss: float = 0.0,
+    main_gradients: bool = False,
+    reports: bool = True,
     at_once: int = LOGITS_AT_ONCE,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each label.
@@ -66,59 +70,96 @@ def linear_cross_entropy(
         num_real: rows of this rank that are no padding.
         group: the tensor-parallel ranks.
         z_loss: weight of the squared logarithm of the denominator.
+        main_gradients: add the tables' gradients to the sums of Megatron's wrapper, in the forward
+            pass already.
+        reports: whether the wrapper hears of that from here, and not from another use of the same
+            tables.
         at_once: how many logits exist at a time, the same on every rank.
 
     Returns:
         Nats in fp32 (float64 for float64 states): the weighted sum, a scalar that alone carries a
         gradient, and each token's negative log-likelihood [T], without `z_loss`.
+
+    Raises:
+        RuntimeError: in a backward pass that begins with a multiple of the sum, for which
+            `main_gradients` come too early.
     """
-    wanted = [torch.is_grad_enabled() and each.requires_grad for each in (*hidden, *tables)]
-    num_tokens = max(1, at_once // len(tables[0]))
-    settings = (readings, num_real, group, num_tokens, z_loss, len(hidden), wanted)
+    settings = _Settings(
+        readings=readings,
+        num_real=num_real,
+        group=group,
+        z_loss=z_loss,
+        in_main=main_gradients,
+        reports=reports,
+        num_tokens=max(1, at_once // len(tables[0])),
+        num_hidden=len(hidden),
+        # In `forward` gradients are off, whether they are wanted or not.
+        wanted=[torch.is_grad_enabled() and each.requires_grad for each in (*hidden, *tables)],
+    )
     return _LinearCrossEntropy.apply(labels, mask, settings, *hidden, *tables)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What is no tensor; the names are those of `linear_cross_entropy`."""
+
+    readings: Sequence[Reading]
+    num_real: int
+    group: dist.ProcessGroup
+    z_loss: float
+    in_main: bool
+    reports: bool
+    num_tokens: int
+    """How many have their logits at a time."""
+
+    num_hidden: int
+    wanted: Sequence[bool]
+    """Which hidden states and tables need gradients."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, labels: Tensor, mask: Tensor, settings: tuple, *tensors: Tensor
+        ctx: Any, labels: Tensor, mask: Tensor, settings: _Settings, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        readings, num_real, group, num_tokens, z_loss, num_hidden, wanted = settings
-        hidden, tables = tensors[:num_hidden], tensors[num_hidden:]
+        hidden, tables = tensors[: settings.num_hidden], tensors[settings.num_hidden :]
         exact = torch.promote_types(hidden[0].dtype, torch.float32)
-        # With several tables or states a rank's readings leave parts of them out.
-        allocate = torch.zeros_like if len(tensors) > 2 else torch.empty_like
-        gradients = [
-            allocate(each, dtype=exact) if needed else None
-            for each, needed in zip(tensors, wanted, strict=True)
-        ]
+        sums = _sums(tensors, settings, exact)
         losses, log_z = hidden[0].new_empty(2, len(labels), dtype=exact)
         mask = mask.to(exact)
-        for first in range(0, len(labels), num_tokens):
-            some = slice(first, first + num_tokens)
+        for first in range(0, len(labels), settings.num_tokens):
+            some = slice(first, first + settings.num_tokens)
             rows = [each[some] for each in hidden]
-            parts = [each.logits(rows, tables) for each in readings]
+            parts = [each.logits(rows, tables) for each in settings.readings]
             logits = (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(exact)
             del parts
-            logits[:, num_real:] = -torch.inf
+            logits[:, settings.num_real :] = -torch.inf
             slopes = logits  # they take the logits' place
-            losses[some], log_z[some] = _softmax(logits, labels[some], mask[some], group, z_loss)
-            if any(wanted):
+            losses[some], log_z[some] = _softmax(logits, labels[some], mask[some], settings)
+            if any(settings.wanted):
                 slopes = slopes.to(hidden[0].dtype)
-                _add_gradients(slopes, some, readings, hidden, tables, gradients)
+                _add_gradients(slopes, some, settings, tensors, sums)
+        ctx.settings, ctx.tables = settings, tables
+        returned = sums[: settings.num_hidden] if settings.in_main else sums
         ctx.gradients = [
             None if gradient is None else gradient.to(each.dtype)
-            for gradient, each in zip(gradients, tensors, strict=True)
+            for gradient, each in zip(returned, tensors, strict=False)
         ]
         ctx.mark_non_differentiable(losses)
-        total = (losses * mask).sum()
+        total, z_loss = (losses * mask).sum(), settings.z_loss
         return total + z_loss * (log_z.square() * mask).sum() if z_loss else total, losses
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradients, ctx.gradients = ctx.gradients, None
+        settings = ctx.settings
+        if settings.in_main:
+            torch._assert_async(scale == 1, "a loss was scaled whose gradients are added already")
+            of_tables = settings.wanted[settings.num_hidden :]
+            for table, needed in zip(ctx.tables, of_tables, strict=True):
+                gradients.append(added(table) if needed and settings.reports else None)
         # A pass over a table for nothing, where knowing the scale does not mean waiting for a GPU.
-        if scale.is_cuda or scale != 1:
+        elif scale.is_cuda or scale != 1:
             for each in gradients:
                 if each is not None:
                     each *= scale
@@ -126,10 +167,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _softmax(
-    logits: Tensor, labels: Tensor, mask: Tensor, group: dist.ProcessGroup, z_loss: float
+    logits: Tensor, labels: Tensor, mask: Tensor, settings: _Settings
 ) -> tuple[Tensor, Tensor]:
     """Losses and log Z, [T] each, of logits [T, v], whose gradients of the sum take their place:
     mask * ((1 + 2 z_loss log Z) softmax - one-hot)."""
+    group, z_loss = settings.group, settings.z_loss
     top = logits.amax(-1)
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
     logits -= top[:, None]
@@ -147,25 +189,37 @@ def _softmax(
     return below - sums[1], log_z
 
 
+def _sums(
+    tensors: Sequence[Tensor], settings: _Settings, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """What gradients of hidden states and tables are added to, None where they are not wanted."""
+    # With several tables or states a rank's readings leave parts of them out.
+    allocate = torch.zeros_like if len(tensors) > 2 else torch.empty_like
+    in_main = [settings.in_main and n >= settings.num_hidden for n in range(len(tensors))]
+    return [
+        None if not needed else each.main_grad if main else allocate(each, dtype=dtype)
+        for each, needed, main in zip(tensors, settings.wanted, in_main, strict=True)
+    ]
+
+
 def _add_gradients(
     slopes: Tensor,
     some: slice,
-    readings: Sequence[Reading],
-    hidden: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
+    settings: _Settings,
+    tensors: Sequence[Tensor],
+    sums: Sequence[Tensor | None],
 ) -> None:
     """Add what the logits of `some` tokens give to hidden states' and tables' gradients."""
-    several = len(gradients) > 2
-    for each in readings:
-        slope = slopes[:, each.start : each.stop]
-        rows = slice(each.start, each.stop)
-        of_hidden, of_table = gradients[each.hidden], gradients[len(hidden) + each.table]
+    several = len(tensors) > 2
+    for each in settings.readings:
+        rows, table = slice(each.start, each.stop), settings.num_hidden + each.table
+        slope = slopes[:, rows]
+        of_hidden, of_table = sums[each.hidden], sums[table]
         if of_hidden is not None:
-            _put_product(of_hidden[some], slope, tables[each.table][rows], adds=several)
+            _put_product(of_hidden[some], slope, tensors[table][rows], adds=several)
         if of_table is not None:
-            adds = several or some.start > 0
-            _put_product(of_table[rows], slope.T, hidden[each.hidden][some], adds=adds)
+            adds = several or settings.in_main or some.start > 0
+            _put_product(of_table[rows], slope.T, tensors[each.hidden][some], adds=adds)
 
 
 def _put_product(total: Tensor, left: Tensor, right: Tensor, *, adds: bool) -> None:

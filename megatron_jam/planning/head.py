@@ -43,7 +43,7 @@ class Loss:
 
     tables: int
     """Gradients of the output rows: as long, or until the embedding's is there if it is tied on the
-    same stage."""
+    same stage; none if they are added to the sums of Megatron's wrapper."""
 
 
 def loss(model: ModelConfig, sizes: Sizes) -> Loss:
@@ -53,6 +53,7 @@ def loss(model: ModelConfig, sizes: Sizes) -> Loss:
     at_once = min(sizes.tokens, max(1, LOGITS_AT_ONCE // rows))
     states = sizes.tokens * sum(widths)
     tables = rows * sum(model.table_width(table) for table in model.table_names)
+    tables = 0 if sizes.main_gradients else tables
     several, again = len(model.readers) > 1, at_once < sizes.tokens
 
     def logits(tokens: int, copies: int) -> int:
@@ -70,8 +71,10 @@ def loss(model: ModelConfig, sizes: Sizes) -> Loss:
     product = 0
     if sizes.is_low:
         # A product in bf16, which is written or, an fp32 copy of it, added to the sum.
-        largest = max(rows, at_once) * max(widths)
-        product = largest * (sizes.width + (FP32 if several or again else 0))
+        adds = several or again or sizes.main_gradients
+        product = rows * max(widths) * (sizes.width + (FP32 if adds else 0))
+        of_hidden = at_once * max(widths) * (sizes.width + (FP32 if several else 0))
+        product = max(product, of_hidden)
     casting = (states + tables) * sizes.width if sizes.is_low else 0
     exact = (states + tables) * FP32
     return Loss(

@@ -167,6 +167,7 @@ def plan(
         width=WIDTHS[precision],
         tensor=parallel.tensor,
         sequence=parallel.sequence,
+        main_gradients=zero is None,
     )
     layout = (model, parallel)
     stages = []
@@ -299,12 +300,18 @@ def chunk_activations(
 
 
 def _embedding_peak(model: ModelConfig, sizes: Sizes) -> int:
-    """The gradient of one table as large as the table, and for bf16 its fp32 copy."""
-    largest = 0
+    """The gradient of one table as large as the table, and for bf16 its fp32 copy; where it is
+    added to Megatron's sums, room that stays unused and an fp32 copy of the rows' gradients."""
+    copy = FP32 if sizes.is_low else 0
+    most = 0
     for entry in parameter_table(model):
         if entry.name.startswith("embedding."):
-            largest = max(largest, _rank_size(entry, sizes.tensor))
-    return largest * (sizes.width + (FP32 if sizes.is_low else 0))
+            size = _rank_size(entry, sizes.tensor)
+            copied = size
+            if entry.is_vocabulary and sizes.main_gradients:
+                copied = sizes.tokens * entry.shape[1]
+            most = max(most, size * sizes.width + copied * copy)
+    return most
 
 
 def rank_parameters(

@@ -27,6 +27,9 @@ class Sizes:
     sequence: bool = False
     """Whether they split norms and residuals by sequence position."""
 
+    main_gradients: bool = True
+    """Whether tables add their gradients to the sums of Megatron's wrapper."""
+
     @property
     def is_low(self) -> bool:
         """Whether numbers are narrower than fp32."""

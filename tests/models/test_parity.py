@@ -275,7 +275,8 @@ def test_single_precision_agrees(
 
 
 def test_bf16_gradients_are_added_to_fp32_sums(pool: WorkerPool, folders: dict[str, Path]) -> None:
-    """Within the product, as its kernel's calls tell, and apart from it."""
+    """Within the product, as its kernel's calls tell, and apart from it; those of tables, which
+    autograd adds in bf16 first, come closer to fp64's."""
     run = (folders["cross"], batch_of(folders["cross"]), torch.bfloat16)
     apart, calls = pool.run(
         partial(counting_products, main_gradients=False), ParallelConfig(), *run
@@ -286,7 +287,13 @@ def test_bf16_gradients_are_added_to_fp32_sums(pool: WorkerPool, folders: dict[s
     tables = [name for name in matrices if "embedding" in name]
     assert calls >= len(matrices) - len(tables) > 10
     assert within[0] == apart[0]
-    assert all(torch.equal(within[1][name], value) for name, value in apart[1].items())
+    exact = pool.run(loss_and_gradients, ParallelConfig(), *run[:2], torch.float64)[0][1]
+    for name, value in apart[1].items():
+        if "embedding.tokens" in name:
+            errors = [(each - exact[name]).norm() for each in (within[1][name], value)]
+            assert errors[0] < errors[1] < 0.05 * exact[name].norm(), name
+        else:
+            assert torch.equal(within[1][name], value), name
 
 
 def counting_products(world: World, *run: Any, **settings: Any) -> Any:
