@@ -4,11 +4,10 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from megatron_jam.config.files import read_json, write_json, write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.ops.sha256 import ALONE, LANES, Sha256, best_alone
+from megatron_jam.weights.jobs import Jobs
 from megatron_jam.weights.tensor_file import Stored, TensorFile, header_of
 
 INDEX = "model.safetensors.index.json"
@@ -30,8 +30,11 @@ _PIECE_BYTES = 2 << 20
 """Of a tensor in memory, written at once: still in the cache when it is hashed."""
 _BLOCK_BYTES = 1 << 20
 """Of rows that are made at once."""
-_WAITING_BYTES = 32 << 20
-"""Of pieces that may wait for their hash."""
+_WAITING_BYTES = 48 << 20
+"""Of pieces that may wait to be hashed and written."""
+_HASH, _WRITE, _COPY = "hash", "write", ""
+"""Kinds of jobs. Of two threads that write to a file one spins; that copy within the kernel, less.
+"""
 
 Fill = Callable[[Tensor, int, int], None]
 """(out, start, stop): writes rows start .. stop - 1 of a tensor to `out`."""
@@ -40,8 +43,8 @@ Fill = Callable[[Tensor, int, int], None]
 class TensorStream:
     """Writes tensors to planned places in as many files as it takes.
 
-    One thread makes rows, a second one writes them, a third one computes their hashes. Where the
-    first would wait for the others, it copies too.
+    The caller's thread makes rows, which are hashed and then written by a second one, or by the
+    first where it is ahead.
     """
 
     def __init__(
@@ -70,11 +73,11 @@ class TensorStream:
         self._resume = resume and _sha256_of([resume, str(dtype), self._shapes, file_bytes])
         self._whole: list[dict[str, str]] = []
         self._open: dict[int, TensorFile] = {}
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hasher")
-        self._waiting: deque[_Waiting] = deque()
-        self._free: list[NDArray[np.uint8]] = []
-        self._digests: dict[str, Future | str] = {}
+        self._jobs = Jobs("stream")
+        self._handed_over = self._written = 0
+        self._free: list[_Buffer] = []
+        self._done: set[str] = set()
+        self._digests: dict[str, str] = {}
 
     def go_on(self) -> list[str]:
         """Keep the files that are whole; the names that are left to be written."""
@@ -83,7 +86,8 @@ class TensorStream:
             logger.info("goes on: %d of %d files are whole", len(self._whole), len(self._files))
         for names in self._whole:
             self._digests.update(names)
-        return [name for name in self._shapes if name not in self._digests]
+            self._done.update(names)
+        return [name for name in self._shapes if name not in self._done]
 
     def _found(self) -> list[dict[str, str]]:
         """What the journal says, if it is of the same tensors, and the files are there."""
@@ -111,7 +115,7 @@ class TensorStream:
         for start in range(0, len(data), _PIECE_BYTES):
             part = data[start : start + _PIECE_BYTES]
             self._hand_over([_Piece(file, name, start, part)], partial(digest.update, part))
-        self._finish(name, self._hasher.submit(digest.hexdigest))
+        self._finish(name, digest.hexdigest)
 
     def write_together(self, tensors: Mapping[str, Fill]) -> None:
         """Write tensors, some rows of each in turn: many are hashed faster together.
@@ -137,50 +141,46 @@ class TensorStream:
             for place, piece in made.items():
                 if piece.is_last:
                     del growing[place]
-                    self._finish(piece.name, self._hasher.submit(digest.hexdigest, place))
+                    self._finish(piece.name, partial(digest.hexdigest, place))
 
     def _pieces(self, name: str, fill: Fill) -> Iterator["_Piece"]:
         """Some rows after others of a tensor, in buffers that are used again."""
         file, (count, *shape) = self._file_of(name), self._shapes[name]
-        row = max(1, torch.Size(shape).numel() * self._dtype.itemsize)
+        width = max(1, torch.Size(shape).numel())
+        row = width * self._dtype.itemsize
         step = max(1, _BLOCK_BYTES // row)
         for start in range(0, max(count, 1), step):
             stop = min(start + step, count)
-            buffer = self._buffer(step * row)
-            part = buffer[: (stop - start) * row]
-            rows = torch.from_numpy(part).view(self._dtype)
-            fill(rows.view(stop - start, *shape), start, stop)
-            yield _Piece(file, name, start * row, memoryview(part), buffer, stop == count)
+            buffer = self._buffer(step * width)
+            fill(buffer.values[: (stop - start) * width].view(stop - start, *shape), start, stop)
+            read = buffer.read[: (stop - start) * row]
+            yield _Piece(file, name, start * row, read, buffer, stop == count)
 
-    def _buffer(self, size: int) -> NDArray[np.uint8]:
-        """One of at least `size` bytes that nobody reads any more."""
-        found = self._free.pop() if self._free else np.empty(0, dtype=np.uint8)
-        return found if len(found) >= size else np.empty(max(size, _BLOCK_BYTES), dtype=np.uint8)
+    def _buffer(self, size: int) -> "_Buffer":
+        """One of at least `size` numbers that nobody reads any more."""
+        found = self._free.pop() if self._free else None
+        if found is not None and len(found.values) >= size:
+            return found
+        values = torch.empty(max(size, _BLOCK_BYTES // self._dtype.itemsize), dtype=self._dtype)
+        return _Buffer(values, memoryview(_bytes_of(values)))
 
     def _hand_over(self, pieces: Sequence["_Piece"], hashing: Callable[[], None]) -> None:
-        """Have pieces written and hashed; their buffers are free when they are."""
-        write = partial(_write_all, pieces)
-        buffers = [piece.buffer for piece in pieces if piece.buffer is not None]
-        size = sum(len(piece.read) for piece in pieces)
-        hashed = self._hasher.submit(hashing)
-        self._waiting.append(_Waiting(write, self._writer.submit(write), hashed, size, buffers))
-        while len(self._waiting) > 1 and sum(each.size for each in self._waiting) > _WAITING_BYTES:
-            self._await_first()
+        """Have pieces hashed and written; their buffers are free when they are."""
+        self._handed_over += sum(len(piece.read) for piece in pieces)
+        self._jobs.put(_HASH, partial(self._hash, pieces, hashing))
+        while self._handed_over - self._written > _WAITING_BYTES:
+            self._jobs.help()
 
-    def _await_first(self) -> None:
-        """Wait until the oldest pieces are written and hashed; meanwhile, copy what is to be
-        copied. Rows are left to the writer: of two threads that write to a file one spins."""
-        first = self._waiting[0]
-        for each in reversed(self._waiting):
-            if first.is_done:
-                break
-            if each.hashed is None and not each.written.cancelled() and each.written.cancel():
-                each.write()
-        for job in (first.written, first.hashed):
-            if job and not job.cancelled():
-                job.result()
-        self._waiting.popleft()
-        self._free += first.buffers
+    def _hash(self, pieces: Sequence["_Piece"], hashing: Callable[[], None]) -> None:
+        hashing()
+        self._jobs.put(_WRITE, partial(self._write, pieces))
+
+    def _write(self, pieces: Sequence["_Piece"]) -> None:
+        for piece in pieces:
+            piece.file.write(piece.name, piece.offset, piece.read)
+            if piece.buffer is not None:
+                self._free.append(piece.buffer)
+        self._written += sum(len(piece.read) for piece in pieces)
 
     def copy(self, name: str, stored: Stored) -> None:
         """Write a tensor that lies as it is in another file.
@@ -189,13 +189,12 @@ class TensorStream:
             UsageError: the file is shorter than it was; now, or in a later call.
         """
         assert stored.size == self._bytes(name), f"{name}: {stored.size} bytes"
-        copy = partial(self._file_of(name).copy, name, stored)
-        self._waiting.append(_Waiting(copy, self._writer.submit(copy), None, 0, []))
-        self._finish(name, stored.sha256)
+        self._jobs.put(_COPY, partial(self._file_of(name).copy, name, stored))
+        self._finish(name, lambda: stored.sha256)
 
     def _file_of(self, name: str) -> TensorFile:
         """The file in which a tensor has its place."""
-        assert name not in self._digests, f"{name} was written before"
+        assert name not in self._done, f"{name} was written before"
         number = self._number[name]
         if number not in self._open:
             sizes = {each: self._bytes(each) for each in self._files[number]}
@@ -203,20 +202,23 @@ class TensorStream:
             self._open[number] = TensorFile(self._path(number), header, sizes)
         return self._open[number]
 
-    def _finish(self, name: str, digest: Future | str) -> None:
-        """A tensor was written; close its file after the last one."""
-        self._digests[name] = digest
+    def _finish(self, name: str, digest: Callable[[], str]) -> None:
+        """A tensor was handed over, whose digest is known behind its last piece's; have its file
+        closed with the last one."""
+        self._jobs.put(_HASH, partial(self._keep, name, digest))
+        self._done.add(name)
         number = self._number[name]
-        if not all(each in self._digests for each in self._files[number]):
+        if not self._done.issuperset(self._files[number]):
             return
-        while self._waiting:
-            self._await_first()
+        self._jobs.finish()
         self._open.pop(number).close()
         if self._resume and number == len(self._whole):
-            hashes = self.hashes
-            self._whole.append({each: hashes[each] for each in self._files[number]})
+            self._whole.append({each: self._digests[each] for each in self._files[number]})
             journal = {"of": self._resume, "files": self._whole}
             write_text_atomically(self._folder / JOURNAL, json.dumps(journal))
+
+    def _keep(self, name: str, digest: Callable[[], str]) -> None:
+        self._digests[name] = digest()
 
     def _bytes(self, name: str) -> int:
         return torch.Size(self._shapes[name]).numel() * self._dtype.itemsize
@@ -224,7 +226,8 @@ class TensorStream:
     @property
     def hashes(self) -> dict[str, str]:
         """sha256 of what was written, by name."""
-        return {n: d if isinstance(d, str) else d.result() for n, d in self._digests.items()}
+        self._jobs.finish()
+        return {name: self._digests[name] for name in self._shapes if name in self._digests}
 
     def finish(self) -> None:
         """Write the index, when all tensors are written."""
@@ -241,12 +244,11 @@ class TensorStream:
             return file.get_tensor(name)
 
     def _check_whole(self) -> None:
-        assert len(self._digests) == len(self._shapes), "tensors are missing"
+        assert len(self._done) == len(self._shapes), "tensors are missing"
 
     def close(self) -> None:
-        """Let go of files and threads, also where tensors are missing."""
-        for thread in (self._writer, self._hasher):
-            thread.shutdown(cancel_futures=True)
+        """Let go of files and the thread, also where tensors are missing."""
+        self._jobs.close()
         for file in self._open.values():
             file.release()
         self._open.clear()
@@ -268,6 +270,13 @@ def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     return tensor.view(torch.uint8).numpy().reshape(-1)
 
 
+class _Buffer(NamedTuple):
+    """Room for rows."""
+
+    values: Tensor
+    read: memoryview
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Some bytes of a tensor."""
@@ -276,29 +285,8 @@ class _Piece:
     name: str
     offset: int
     read: memoryview
-    buffer: NDArray[np.uint8] | None = None
+    buffer: _Buffer | None = None
     is_last: bool = True
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """What is being written and hashed."""
-
-    write: Callable[[], None]
-    written: Future
-    hashed: Future | None
-    size: int
-    buffers: list[NDArray[np.uint8]]
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nobody needs the buffers."""
-        return self.written.done() and (self.hashed is None or self.hashed.done())
-
-
-def _write_all(pieces: Sequence[_Piece]) -> None:
-    for piece in pieces:
-        piece.file.write(piece.name, piece.offset, piece.read)
 
 
 def _plan(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:

@@ -1,7 +1,6 @@
 """Tensors written whole, as blocks of rows, and copied as they lie: the same files."""
 
 import hashlib
-import threading
 from pathlib import Path
 
 import pytest
@@ -97,27 +96,6 @@ def test_unlike_shapes_together(tmp_path: Path) -> None:
     assert parts.hashes == whole.hashes
     assert len(files(tmp_path / "whole")) > 5
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
-
-
-def test_the_first_thread_writes_what_nobody_has_begun(tmp_path: Path) -> None:
-    """All of it, while the writer is held up."""
-    given = {str(n): torch.full((500,), float(n)).bfloat16() for n in range(20)}
-    whole, parts = stream(tmp_path / "whole", given), stream(tmp_path / "parts", given)
-    for name, tensor in given.items():
-        whole.write(name, tensor)
-    whole.finish()
-    (source,) = (tmp_path / "whole").glob("*.safetensors")
-    free = threading.Event()
-    held = parts._writer.submit(free.wait, timeout=60)
-    try:
-        for name, (start, stop) in read_header(source).items():
-            hashed = whole.hashes[name]
-            parts.copy(name, Stored(path=source, offset=start, size=stop - start, sha256=hashed))
-        parts.finish()
-        assert not held.done(), "the writer wrote"
-        assert files(tmp_path / "parts") == files(tmp_path / "whole")
-    finally:
-        free.set()
 
 
 def test_a_source_that_ends_early_is_an_error(tmp_path: Path) -> None:
