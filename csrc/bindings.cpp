@@ -25,7 +25,6 @@ TORCH_LIBRARY(megatron_jam, library) {
   library.def(("guided_probabilities" + kGuidedRows + ") -> Tensor").c_str());
   library.def(("guided_largest" + kGuidedRows + ") -> (Tensor logits, Tensor ids)").c_str());
   library.def(("guided_weights" + kGuidedRows + ", Tensor largest) -> Tensor").c_str());
-  library.def("weighted_average(Tensor a, Tensor b, float share, Tensor(c!) out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(megatron_jam, CPU, library) {
@@ -33,7 +32,6 @@ TORCH_LIBRARY_IMPL(megatron_jam, CPU, library) {
   library.impl("guided_probabilities", &jam::guided_probabilities);
   library.impl("guided_largest", &jam::guided_largest);
   library.impl("guided_weights", &jam::guided_weights);
-  library.impl("weighted_average", &jam::weighted_average_cpu);
 }
 
 #ifdef MEGATRON_JAM_CUDA
@@ -48,6 +46,7 @@ TORCH_LIBRARY_IMPL(megatron_jam, CUDA, library) {
 // What Python calls without torch's dispatcher.
 PYBIND11_MODULE(_C, module) {
   jam::bind_guided_sampling(module);
+  jam::bind_average(module);
   jam::bind_cm3(module);
   jam::bind_draw(module);
   jam::bind_packing(module);

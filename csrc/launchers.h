@@ -38,9 +38,9 @@ at::Tensor guided_weights(const at::Tensor& cond, const OptionalTensor& uncond,
                           int64_t legal_end, const OptionalTensor& legal,
                           const at::Tensor& largest);
 
-void weighted_average_cpu(const at::Tensor& a, const at::Tensor& b, double share, at::Tensor& out);
-
-// Functions of the extension module: a shorter way to guided sampling, and what takes numpy arrays.
+// Functions of the extension module: a shorter way to guided sampling, and what is for the CPU
+// alone.
+void bind_average(pybind11::module_& module);
 void bind_guided_sampling(pybind11::module_& module);
 void bind_cm3(pybind11::module_& module);
 void bind_draw(pybind11::module_& module);

@@ -2,6 +2,9 @@
 #include "jam/average.h"
 
 #include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "launchers.h"
 
@@ -40,9 +43,8 @@ void average_rows(const at::Tensor& a, const at::Tensor& b, const at::Tensor& ou
             share);
 }
 
-}  // namespace
-
-void weighted_average_cpu(const at::Tensor& a, const at::Tensor& b, double share, at::Tensor& out) {
+void weighted_average(const at::Tensor& a, const at::Tensor& b, double share,
+                      const at::Tensor& out) {
   TORCH_CHECK_VALUE(a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type(),
                     "weighted_average: a is ", a.scalar_type(), " ", a.sizes(), ", b is ",
                     b.scalar_type(), " ", b.sizes());
@@ -64,6 +66,27 @@ void weighted_average_cpu(const at::Tensor& a, const at::Tensor& b, double share
     default:
       TORCH_CHECK_VALUE(false, "weighted_average: ", a.scalar_type(), " is no number format here");
   }
+}
+
+// torch's exceptions as Python's.
+PyObject* call(const at::Tensor& a, const at::Tensor& b, double share, const at::Tensor& out) {
+  HANDLE_TH_ERRORS {
+    const pybind11::gil_scoped_release unlocked;
+    weighted_average(a, b, share, out);
+  }
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace
+
+void bind_average(pybind11::module_& module) {
+  module.def("weighted_average",
+             [](const at::Tensor& a, const at::Tensor& b, double share, const at::Tensor& out) {
+               PyObject* none = call(a, b, share, out);
+               if (!none) throw pybind11::error_already_set();
+               return pybind11::reinterpret_steal<pybind11::object>(none);
+             });
 }
 
 }  // namespace jam

@@ -1,9 +1,9 @@
-"""The weighted average of two tensors in one pass over memory: face of the compiled operator."""
+"""The weighted average of two tensors in one pass over memory: face of the compiled function."""
 
 import torch
 from torch import Tensor
 
-from megatron_jam.ops import extension  # noqa: F401  (registers the operator)
+from megatron_jam.ops import extension
 
 
 def weighted_average(a: Tensor, b: Tensor, share: float, out: Tensor | None = None) -> Tensor:
@@ -29,10 +29,5 @@ def weighted_average(a: Tensor, b: Tensor, share: float, out: Tensor | None = No
         a, b = a.to(dtype), b.to(dtype)
     if out is None:
         out = torch.empty_like(a, memory_format=torch.contiguous_format)
-    torch.ops.megatron_jam.weighted_average(a, b, share, out)
+    extension.weighted_average(a, b, share, out)
     return out
-
-
-@torch.library.register_fake("megatron_jam::weighted_average")
-def _fake(a: Tensor, b: Tensor, share: float, out: Tensor) -> None:
-    return None

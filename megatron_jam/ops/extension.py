@@ -1,7 +1,7 @@
 """Loads the compiled extension, whose import registers the operators `torch.ops.megatron_jam.*`.
 
-What Python calls without torch's dispatcher stands here by name: what works on numpy arrays and
-bytes, and a shorter way to guided sampling.
+What Python calls without torch's dispatcher stands here by name: what is for the CPU alone, and a
+shorter way to guided sampling.
 """
 
 import torch  # noqa: F401  (the extension needs its libraries)
@@ -17,6 +17,7 @@ try:
         has_sha_lanes,
         pack_greedily,
         sha256_update,
+        weighted_average,
     )
 except ImportError as error:
     raise ImportError(
@@ -34,4 +35,5 @@ __all__ = [
     "has_sha_lanes",
     "pack_greedily",
     "sha256_update",
+    "weighted_average",
 ]

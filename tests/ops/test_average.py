@@ -74,9 +74,3 @@ def test_refuses_what_it_does_not_know() -> None:
         weighted_average(torch.ones(2), torch.ones(3), 0.5)
     with pytest.raises(ValueError, match="Int is no number format here"):
         weighted_average(torch.ones(2).int(), torch.ones(2).int(), 0.5)
-
-
-def test_is_traced_by_torch_compile() -> None:
-    with torch._subclasses.FakeTensorMode():
-        found = weighted_average(torch.ones(2, 3).bfloat16(), torch.ones(2, 3).bfloat16(), 0.5)
-    assert (found.shape, found.dtype) == ((2, 3), torch.bfloat16)
