@@ -226,7 +226,7 @@ def _beyond(config: RunConfig, world: World, pairs: int, log_every: int) -> list
         taken = seconds(lambda: training._advance(next(steps))) - last.seconds
         dist.barrier()
         norms = seconds(engine._part_norms) - seconds(engine.optimizer.get_grad_norm)
-        return 1e3 * (taken + norms + seconds(lambda: training.health.judge(1.0, 1.0)))
+        return 1e3 * (taken + norms + seconds(lambda: training._judge(1.0, 1.0)))
 
     return [median(beyond() for _ in range(STEPS_OF_A_PAIR)) for _ in range(pairs + 1)][1:]
 

@@ -14,8 +14,11 @@ from torch.optim.adamw import adamw
 class Adam(torch.optim.Optimizer):
     """Adam, or AdamW when `adam_w_mode`; `group["step"]` counts steps.
 
-    State of a parameter: `exp_avg` and `exp_avg_sq`, of its shape and dtype.
+    State of a parameter: `exp_avg` and `exp_avg_sq`, of its shape and dtype. Gradients are divided
+    by `divisor` where they are read, and stay so.
     """
+
+    divisor = 1.0
 
     def __init__(
         self,
@@ -42,6 +45,8 @@ class Adam(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue  # torch has no kernel for none
             for parameter in parameters:
                 if not self.state[parameter]:
                     self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
@@ -49,6 +54,7 @@ class Adam(torch.optim.Optimizer):
             states = [self.state[p] for p in parameters]
             # torch's kernel raises the count by one before it uses it.
             count = float(group["step"] - 1)
+            scale = None if self.divisor == 1 else torch.tensor(self.divisor)
             adamw(
                 parameters,
                 [p.grad for p in parameters],
@@ -63,5 +69,6 @@ class Adam(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
-                fused=bool(parameters),
+                fused=True,
+                grad_scale=scale,
             )

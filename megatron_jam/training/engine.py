@@ -46,7 +46,7 @@ class Engine(Protocol):
     def train_step(
         self, micro_batches: Sequence[Batch], learning_rate: float, judge: Judge
     ) -> StepResult:
-        """Gradients of a global batch, then one optimizer step, unless any `judge` is against."""
+        """Gradients of a global batch, then one optimizer step, unless `judge` is against."""
         ...
 
     def finish_weights(self) -> None:

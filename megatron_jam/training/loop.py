@@ -235,7 +235,7 @@ class Training:
                 f"{self.health.skipped_in_a_row} steps in a row were skipped,"
                 f" the last as {result.skipped}"
             )
-        self._stop_poll()
+        self._stop_poll.check()
         self._after_step()
 
     def _after_step(self) -> None:
@@ -267,6 +267,7 @@ class Training:
         rate = config.optimizer.rate(step, config.steps)
         if self.health.leaves_out(step + 1):
             logger.info("step %d is left out, as health.skip_steps says", step + 1)
+            self._stop_poll.ask()
             return self.engine.forward.left_out(rate, LEFT_OUT)
         if config.dropout:
             seed_step(self.world, seed=config.seed, step=step)
@@ -275,7 +276,7 @@ class Training:
         batches = self._batches(step)
         seconds = time.perf_counter() - start
         self._watchdog.progress(step + 1, "forward pass, backward pass and update")
-        result = self.engine.train_step(batches, rate, self.health.judge).after(data=seconds)
+        result = self.engine.train_step(batches, rate, self._judge).after(data=seconds)
         if result.skipped:
             report_skipped(
                 config.output / SKIPPED,
@@ -288,6 +289,13 @@ class Training:
                 world=self.world,
             )
         return result
+
+    def _judge(self, loss: float, grad_norm: float) -> str:
+        """Why all ranks skip a step, if one of them wants to; whether they are to stop is asked
+        with it."""
+        reason = self.health.judge(loss, grad_norm)
+        is_skipped = self._stop_poll.ask(says=bool(reason))
+        return reason or ("another rank wants to skip it" if is_skipped else "")
 
     def _counters(self, health: Mapping[str, Any]) -> dict[str, Any]:
         return {"health": health, "measured": self._measured}

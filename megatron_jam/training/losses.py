@@ -69,7 +69,12 @@ class Losses:
     @property
     def mean(self) -> float:
         """Nats a token over everything counted."""
-        return float(self.sums.sum() / self.counts.sum().clamp(min=1))
+        return float(self.sums.sum()) / self.num_tokens
+
+    @property
+    def num_tokens(self) -> float:
+        """Counted tokens, at least 1: what sums are divided by."""
+        return max(1.0, float(self.counts.sum()))
 
     def by_modality(self) -> dict[str, float]:
         """Nats a token of each kind that occurs."""

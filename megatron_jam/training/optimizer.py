@@ -12,7 +12,6 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as EngineOptimizerConfig
 from megatron.core.optimizer import ParamKey, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from torch import nn
@@ -23,8 +22,12 @@ from megatron_jam.config.run import OptimizerConfig
 from megatron_jam.models.jam import JamModel
 from megatron_jam.models.parameters import part_of_model
 from megatron_jam.models.sharding import holders
+from megatron_jam.parallel.adam import Adam
 from megatron_jam.parallel.world import World
 from megatron_jam.training.moments import members
+
+CLIP_EPSILON = 1e-6
+"""Added to a norm before it is compared, as by torch and Megatron-Core."""
 
 
 def wrap_chunks(
@@ -36,7 +39,7 @@ def wrap_chunks(
 ) -> list[DistributedDataParallel]:
     """Wrap chunks so that gradients are summed over replicas and tied tables over stages.
 
-    Gradients are sums over tokens until they are divided by the global number of counted tokens.
+    Gradients are sums over the global batch's counted tokens; `update` divides them.
 
     Args:
         chunks: this rank's model.
@@ -123,18 +126,26 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> Non
         group["lr"] = learning_rate * group["lr_mult"]
 
 
-def update(optimizer: MegatronOptimizer, norm: float) -> None:
-    """Clip the gradient, whose norm is known, and change the weights: what is left of Megatron's
-    `step` after `prepare_grads` and `get_grad_norm`."""
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, norm: float, num_tokens: float) -> None:
+    """Change the weights: what is left of Megatron's `step` after `prepare_grads`.
+
+    Args:
+        optimizer: has gradients that are sums over tokens.
+        norm: of their mean over tokens, before it is clipped.
+        num_tokens: of the global batch.
+    """
     for each in members(optimizer):
-        parameters = [] if each.is_stub_optimizer else each.get_parameters()
-        if parameters:
-            clip_grad_by_total_norm_fp32(
-                parameters,
-                max_norm=each.config.clip_grad,
-                total_norm=norm,
-                use_decoupled_grad=each.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-            )
+        if each.is_stub_optimizer:
+            continue
+        clip_norm = each.config.clip_grad
+        divisor = num_tokens * max(1.0, (norm + CLIP_EPSILON) / clip_norm if clip_norm else 1.0)
+        if isinstance(each.optimizer, Adam):
+            each.optimizer.divisor = divisor  # within its own pass over them
+        else:
+            for one in each.get_parameters():
+                if one.grad is not None:
+                    one.grad /= divisor
     optimizer.step_with_ready_grads()
 
 
@@ -220,13 +231,10 @@ def _overrides(
 
 
 def _finalize(
-    wrapped: list[DistributedDataParallel],
-    num_tokens: torch.Tensor | None = None,
-    *,
-    world: World,
-    **_: object,
+    wrapped: list[DistributedDataParallel], *_: object, world: World, **__: object
 ) -> None:
-    """Sum tied tables over the stages that hold them, then let Megatron do its reductions.
+    """Sum tied tables over the stages that hold them, then let Megatron do its reductions; without
+    the number of tokens, by which it would divide in a pass of its own.
 
     Before the replicas' reduction, so that Megatron need not keep each tied table in a bucket of
     its own: it resumes wrongly from several buckets if one of them is padded.
@@ -238,4 +246,4 @@ def _finalize(
             dist.all_reduce(weight.main_grad, group=world.groups.embd)
     # A scatter to a single replica would copy the whole buffer, more than once on a CPU.
     alone = world.replicas.size == 1
-    finalize_model_grads(wrapped, num_tokens, pg_collection=world.groups, force_all_reduce=alone)
+    finalize_model_grads(wrapped, pg_collection=world.groups, force_all_reduce=alone)

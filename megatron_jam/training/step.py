@@ -24,7 +24,8 @@ from megatron_jam.training.optimizer import PartNorms, set_learning_rate, update
 Batch = Mapping[str, Tensor]
 
 Judge = Callable[[float, float], str]
-"""(mean loss, norm of the gradient) -> why the step is to be skipped, or nothing."""
+"""(mean loss, norm of the gradient) -> why the step is to be skipped, or nothing; asked once a step
+on all ranks, which get the same answer but for its words."""
 
 
 def must_be_finite(loss: float, grad_norm: float) -> str:
@@ -96,7 +97,7 @@ class ForwardBackward:
         self._reported: list[dict[str, Tensor]] = []
 
     def __call__(self, micro_batches: Sequence[Batch], *, forward_only: bool = False) -> Losses:
-        """Compute losses and, unless `forward_only`, gradients (divided by the token count).
+        """Compute losses and, unless `forward_only`, gradients of the sum over counted tokens.
 
         Args:
             micro_batches: this replica's share; tokens, labels, positions int64 [B, S],
@@ -132,12 +133,6 @@ class ForwardBackward:
         self._reduce(*args, **kwargs)
         synchronize(self._world.device)
         self.reduction_seconds = time.perf_counter() - start
-
-    def agree(self, skipped: str) -> str:
-        """Why the step is to be skipped, if any rank wants to, on all ranks."""
-        wants = torch.tensor(int(bool(skipped)), device=self._world.device)
-        dist.all_reduce(wants, op=dist.ReduceOp.MAX)
-        return skipped or ("another rank wants to skip it" if int(wants) else "")
 
     def left_out(self, learning_rate: float, reason: str) -> StepResult:
         """The result of a step whose batch was not even computed."""
@@ -209,8 +204,8 @@ def train_step(
     part_norms: PartNorms | None = None,
     judge: Judge = must_be_finite,
 ) -> StepResult:
-    """Gradients of a global batch, then one optimizer step, unless any rank's `judge` is against;
-    `part_norms` measures the gradient in place of Megatron.
+    """Gradients of a global batch, then one optimizer step, unless `judge` is against; `part_norms`
+    measures the gradient in place of Megatron.
 
     Raises:
         FloatingPointError: from `must_be_finite`, on every rank, before any weight has changed.
@@ -221,12 +216,14 @@ def train_step(
     losses = step(micro_batches)
     computed = time.perf_counter()
     optimizer.prepare_grads()
+    num_tokens = losses.num_tokens
     parts = part_norms() if part_norms is not None else {}
-    norm = math.hypot(*parts.values()) if parts else float(optimizer.get_grad_norm())
-    skipped = step.agree(judge(losses.mean, norm))
+    parts = {name: each / num_tokens for name, each in parts.items()}
+    norm = math.hypot(*parts.values()) if parts else float(optimizer.get_grad_norm()) / num_tokens
+    skipped = judge(losses.mean, norm)
     if not skipped:
         set_learning_rate(optimizer, learning_rate)
-        update(optimizer, norm)
+        update(optimizer, norm, num_tokens)
     synchronize(step.device)
     seconds = {
         "forward_backward": computed - start - step.reduction_seconds,

@@ -30,7 +30,11 @@ class StopRequested(Exception):
 
 
 class StopPoll:
-    """Asks whether the run is to stop; the answer is the same on all ranks."""
+    """Asks whether the run is to stop; the answer is the same on all ranks.
+
+    A step asks with `ask`, in the one message in which its ranks agree on the step, and stops
+    behind its end with `check`.
+    """
 
     def __init__(self, output: Path, world: World) -> None:
         """Look for the stop file in `output`; what an earlier start of the run left goes."""
@@ -38,22 +42,34 @@ class StopPoll:
         self._stop, self._requeue = output / STOP_FILE, output / REQUEUE_FILE
         if world.rank == 0:
             self._requeue.unlink(missing_ok=True)
+        self._found = 0
 
     def __call__(self) -> None:
-        """Take part on all ranks.
+        """Ask and check, on all ranks.
 
         Raises:
             StopRequested: if any rank got a signal, or the stop file is there.
         """
+        self.ask()
+        self.check()
+
+    def ask(self, *, says: bool = False) -> bool:
+        """Find out for `check`, on all ranks; and whether any of them `says` yes to something
+        else."""
         name = received_signal()
         reason = _SIGNALS.index(name) + 1 if name else 0
         if self._world.rank == 0 and not reason and os.path.exists(self._stop):
             reason = _FILE
-        agreed = torch.tensor(reason, device=self._world.device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        found = int(agreed)
-        if found:
-            raise StopRequested(str(self._stop) if found == _FILE else _SIGNALS[found - 1])
+        answers = torch.tensor([reason, int(says)], device=self._world.device)
+        dist.all_reduce(answers, op=dist.ReduceOp.MAX)
+        self._found, said = answers.tolist()
+        return bool(said)
+
+    def check(self) -> None:
+        """Raise StopRequested if the run was to stop when it was last asked."""
+        if self._found:
+            of_file = self._found == _FILE
+            raise StopRequested(str(self._stop) if of_file else _SIGNALS[self._found - 1])
 
     def leave(self, reason: object, step: int) -> None:
         """Say that the run, which stands at `step`, is to be started again."""

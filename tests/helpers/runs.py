@@ -72,6 +72,7 @@ def loss_and_gradients(
         local.update(logical_gradients(chunk, lambda p: p.main_grad))
     table = parameter_table(folder.config)
     whole = {name: grad for name, grad in gather_whole(table, local, world, dtype)}
+    whole = {name: sums / losses.num_tokens for name, sums in whole.items() if sums is not None}
     return (losses.mean, whole) if world.rank == 0 else None
 
 

@@ -147,7 +147,9 @@ def run(world: World, path: Path) -> tuple[Losses, dict[str, Tensor]] | None:
         local.update(logical_gradients(chunk, lambda p: p.main_grad))
     table = parameter_table(folder.config)
     whole = dict(gather_whole(table, local, world, torch.float64))
-    return (losses, whole) if world.rank == 0 else None
+    if world.rank != 0:
+        return None
+    return losses, {name: each / losses.num_tokens for name, each in whole.items()}
 
 
 @pytest.mark.parametrize(

@@ -36,15 +36,16 @@ from tests.helpers.training import (
 
 
 class Asks(Callback):
-    """Asks to stop after `HALF` steps: by the file, or by a signal to this process."""
+    """Asks, by the file or by a signal to this process, behind the step before `HALF`, which hears
+    it and is the last."""
 
     def __init__(self, stop: Path | signal.Signals) -> None:
         self._stop = stop
 
     def step_made(self, step: int, result: StepResult) -> None:
-        if step == HALF and isinstance(self._stop, Path):
+        if step == HALF - 1 and isinstance(self._stop, Path):
             self._stop.touch()
-        elif step == HALF:
+        elif step == HALF - 1:
             os.kill(os.getpid(), self._stop)
 
 
