@@ -30,6 +30,13 @@ CLIP_EPSILON = 1e-6
 """Added to a norm before it is compared, as by torch and Megatron-Core."""
 
 
+class _OnlyReplica(DistributedDataParallel):
+    """Has all weights, however they are updated."""
+
+    def start_param_sync(self, *_: object, **__: object) -> None:
+        """Nothing is to be had of others; gloo would copy the whole buffer, more than once."""
+
+
 def wrap_chunks(
     chunks: Sequence[JamModel],
     world: World,
@@ -60,10 +67,8 @@ def wrap_chunks(
         bucket_size=bucket_size,
         grad_reduce_in_fp32=chunks[0].config.params_dtype is torch.bfloat16,
     )
-    wrapped = [
-        DistributedDataParallel(chunk.config, settings, chunk, pg_collection=world.groups)
-        for chunk in chunks
-    ]
+    kind = DistributedDataParallel if world.replicas.size > 1 else _OnlyReplica
+    wrapped = [kind(chunk.config, settings, chunk, pg_collection=world.groups) for chunk in chunks]
     if overlaps:
         (only,) = wrapped  # stages, and so chunks, are refused by ParallelConfig
         only.module.config.no_sync_func = only.no_sync
