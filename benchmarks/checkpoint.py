@@ -222,11 +222,17 @@ def _beyond(config: RunConfig, world: World, pairs: int, log_every: int) -> list
     engine, steps = training.engine, itertools.count()
     assert isinstance(engine, MegatronEngine)
 
+    def judged() -> None:
+        """As in a step: norms by part, with what the ranks tell one another."""
+        messages = training._agreement.message(1.0)
+        engine._part_norms(messages)
+        training._agreement(1.0, 1.0, messages)
+
     def beyond() -> float:
         taken = seconds(lambda: training._advance(next(steps))) - last.seconds
         dist.barrier()
-        norms = seconds(engine._part_norms) - seconds(engine.optimizer.get_grad_norm)
-        return 1e3 * (taken + norms + seconds(lambda: training._judge(1.0, 1.0)))
+        own = seconds(judged) - seconds(engine.optimizer.get_grad_norm)
+        return 1e3 * (taken + own)
 
     return [median(beyond() for _ in range(STEPS_OF_A_PAIR)) for _ in range(pairs + 1)][1:]
 

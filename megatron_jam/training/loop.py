@@ -19,6 +19,7 @@ from megatron_jam.data.mix import mix_of
 from megatron_jam.parallel.device import DTYPES, peak_memory_bytes
 from megatron_jam.parallel.seeds import seed_step
 from megatron_jam.parallel.world import World
+from megatron_jam.training.agreement import Agreement
 from megatron_jam.training.best import BestCheckpoint
 from megatron_jam.training.build import build_engine, check_run, identity
 from megatron_jam.training.callbacks import Callback
@@ -71,6 +72,7 @@ class Training:
         self._stop_poll = StopPoll(config.output, world)
         self._watchdog = Watchdog(config.output, world, seconds=config.health.hang_seconds)
         self.health = Health(config.health)
+        self._agreement = Agreement(self.health, self._stop_poll)
         self._done = self._measured = 0
         memory = MemoryCheck(world)
         try:
@@ -276,7 +278,7 @@ class Training:
         batches = self._batches(step)
         seconds = time.perf_counter() - start
         self._watchdog.progress(step + 1, "forward pass, backward pass and update")
-        result = self.engine.train_step(batches, rate, self._judge).after(data=seconds)
+        result = self.engine.train_step(batches, rate, self._agreement).after(data=seconds)
         if result.skipped:
             report_skipped(
                 config.output / SKIPPED,
@@ -289,13 +291,6 @@ class Training:
                 world=self.world,
             )
         return result
-
-    def _judge(self, loss: float, grad_norm: float) -> str:
-        """Why all ranks skip a step, if one of them wants to; whether they are to stop is asked
-        with it."""
-        reason = self.health.judge(loss, grad_norm)
-        is_skipped = self._stop_poll.ask(says=bool(reason))
-        return reason or ("another rank wants to skip it" if is_skipped else "")
 
     def _counters(self, health: Mapping[str, Any]) -> dict[str, Any]:
         return {"health": health, "measured": self._measured}

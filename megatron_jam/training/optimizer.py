@@ -184,16 +184,29 @@ class PartNorms:
                     self._held += [(part, each) for each in _updated(optimizer, holder.parameter)]
 
     @torch.no_grad()
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, messages: torch.Tensor | None = None) -> dict[str, float]:
         """Between the optimizer's `prepare_grads` and the clipping: norms of the gradient's parts,
-        without those that do not learn; all ranks take part."""
+        without those that do not learn; all ranks take part.
+
+        Args:
+            messages: float64 [n] on the ranks' device, which becomes its sum over all of them in
+                the same exchange; for the distributed optimizer, whose norms take all ranks.
+        """
         squares = torch.zeros(len(self._parts), dtype=torch.float64, device=self._device)
         held = [(part, each.grad) for part, each in self._held if each.grad is not None]
         if held:
             norms = torch.stack(torch._foreach_norm([gradient for _, gradient in held]))
             numbers = torch.tensor([part for part, _ in held], device=self._device)
             squares.index_add_(0, numbers, norms.double() ** 2)
-        dist.all_reduce(squares, group=self._group())
+        group = self._group()
+        if messages is not None and len(messages):
+            assert dist.get_world_size(group) == dist.get_world_size()
+            together = torch.cat([squares, messages])
+            dist.all_reduce(together, group=group)
+            squares, summed = together.split([len(squares), len(messages)])
+            messages.copy_(summed)
+        else:
+            dist.all_reduce(squares, group=group)
         values = squares.sqrt().tolist()
         return {name: value for name, value in zip(self._parts, values, strict=True) if value}
 

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,16 +24,31 @@ from megatron_jam.training.optimizer import PartNorms, set_learning_rate, update
 
 Batch = Mapping[str, Tensor]
 
-Judge = Callable[[float, float], str]
-"""(mean loss, norm of the gradient) -> why the step is to be skipped, or nothing; asked once a step
-on all ranks, which get the same answer but for its words."""
+
+class Judge(Protocol):
+    """Says whether a step is to be skipped; all ranks hear the same, but for the words."""
+
+    def message(self, loss: float) -> Tensor:
+        """What this rank tells the others when it knows the mean loss, float64 [n]."""
+        ...
+
+    def __call__(self, loss: float, grad_norm: float, messages: Tensor) -> str:
+        """Why the step is to be skipped, or nothing; `messages` are summed over all ranks."""
+        ...
 
 
-def must_be_finite(loss: float, grad_norm: float) -> str:
-    """A judge that skips nothing; FloatingPointError unless both are finite."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise FloatingPointError(f"the loss is {loss}, the gradient's norm {grad_norm}")
-    return ""
+class MustBeFinite:
+    """A judge that skips nothing."""
+
+    def message(self, loss: float) -> Tensor:
+        """Nothing: loss and norm are the same on all ranks."""
+        return torch.zeros(0, dtype=torch.float64)
+
+    def __call__(self, loss: float, grad_norm: float, messages: Tensor) -> str:
+        """Raise FloatingPointError unless both are finite."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise FloatingPointError(f"the loss is {loss}, the gradient's norm {grad_norm}")
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,14 +218,15 @@ def train_step(
     micro_batches: Sequence[Batch],
     learning_rate: float,
     part_norms: PartNorms | None = None,
-    judge: Judge = must_be_finite,
+    judge: Judge | None = None,
 ) -> StepResult:
     """Gradients of a global batch, then one optimizer step, unless `judge` is against; `part_norms`
-    measures the gradient in place of Megatron.
+    measures the gradient in place of Megatron, and carries the judge's messages.
 
     Raises:
-        FloatingPointError: from `must_be_finite`, on every rank, before any weight has changed.
+        FloatingPointError: without a judge, on every rank, before any weight has changed.
     """
+    judge = judge or MustBeFinite()
     start = time.perf_counter()
     # A gradient left over from the last step would be counted a second time by Megatron's hooks.
     optimizer.zero_grad()
@@ -217,10 +234,11 @@ def train_step(
     computed = time.perf_counter()
     optimizer.prepare_grads()
     num_tokens = losses.num_tokens
-    parts = part_norms() if part_norms is not None else {}
+    messages = judge.message(losses.mean)
+    parts = part_norms(messages) if part_norms is not None else {}
     parts = {name: each / num_tokens for name, each in parts.items()}
     norm = math.hypot(*parts.values()) if parts else float(optimizer.get_grad_norm()) / num_tokens
-    skipped = judge(losses.mean, norm)
+    skipped = judge(losses.mean, norm, messages)
     if not skipped:
         set_learning_rate(optimizer, learning_rate)
         update(optimizer, norm, num_tokens)

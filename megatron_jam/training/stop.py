@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_jam.config.files import write_text_atomically
 from megatron_jam.config.signals import STOPPING, received_signal
@@ -32,8 +33,8 @@ class StopRequested(Exception):
 class StopPoll:
     """Asks whether the run is to stop; the answer is the same on all ranks.
 
-    A step asks with `ask`, in the one message in which its ranks agree on the step, and stops
-    behind its end with `check`.
+    A step has the ranks' messages summed together with something else, and stops behind its end
+    with `check`.
     """
 
     def __init__(self, output: Path, world: World) -> None:
@@ -53,16 +54,26 @@ class StopPoll:
         self.ask()
         self.check()
 
-    def ask(self, *, says: bool = False) -> bool:
-        """Find out for `check`, on all ranks; and whether any of them `says` yes to something
-        else."""
+    def ask(self) -> None:
+        """Find out for `check`, on all ranks."""
+        messages = self.message()
+        dist.all_reduce(messages)
+        self.hear(messages)
+
+    def message(self, *, says: bool = False) -> Tensor:
+        """What this rank has to say, to be summed over all ranks for `hear`: which requests it
+        got, and whether it `says` yes to something else; float64 [n]."""
         name = received_signal()
         reason = _SIGNALS.index(name) + 1 if name else 0
         if self._world.rank == 0 and not reason and os.path.exists(self._stop):
             reason = _FILE
-        answers = torch.tensor([reason, int(says)], device=self._world.device)
-        dist.all_reduce(answers, op=dist.ReduceOp.MAX)
-        self._found, said = answers.tolist()
+        words = [float(says)] + [float(reason == each) for each in range(1, _FILE + 1)]
+        return torch.tensor(words, dtype=torch.float64, device=self._world.device)
+
+    def hear(self, messages: Tensor) -> bool:
+        """Know for `check` what the sum of all ranks' messages says; whether any `says` yes."""
+        said, *asked = messages.tolist()
+        self._found = max((n for n, count in enumerate(asked, 1) if count), default=0)
         return bool(said)
 
     def check(self) -> None:

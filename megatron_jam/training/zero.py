@@ -145,7 +145,9 @@ class ZeroEngine:
             norms = torch.stack(self._norms)
             # -1 stands for what is not finite.
             self._norm = float(norms.norm()) if bool((norms >= 0).all()) else math.inf
-            self._refused = judge(loss, self._norm)
+            messages = judge.message(loss)
+            dist.all_reduce(messages)
+            self._refused = judge(loss, self._norm, messages)
             if not self._refused:
                 return found
             refusal = torch.full_like(norms[0], torch.inf)

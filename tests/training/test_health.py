@@ -92,7 +92,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     assert read_manifest(path)["counters"]["health"]["skipped"] == 1
     told = train_line(tmp_path / "spoilt", 2)
     assert told["loss" if kind == "loss" else "grad_norm"] is None
-    assert told["skipped"].startswith(("the ", "another rank"))
+    assert told["skipped"].startswith("the ")
     told = train_line(tmp_path / "left_out", 2)
     assert (told["loss"], told["grad_norm"], told["skipped"]) == (None, None, LEFT_OUT)
 
@@ -118,7 +118,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_state_before(
     ends = pool.run(spoilt_run, parallel, values, "loss", [2, 3], data=data)
     assert set(ends) <= {
         f"2 steps in a row were skipped, the last as {why}"
-        for why in ("the loss is nan", "another rank wants to skip it")
+        for why in ("the loss is nan", "the loss of another rank is not finite")
     }
     (path,) = complete_checkpoints(tmp_path / "run/checkpoints")
     assert path.name == "step-00000001"

@@ -180,12 +180,12 @@ def test_a_refused_step_changes_nothing(
 
 
 def run_judged(world: World, values: dict[str, Any]) -> None:
-    """A run of which one rank refuses the second step."""
+    """A run that refuses the second step."""
     seen: list[float] = []
 
     def judge(self: Health, loss: float, norm: float) -> str:
         seen.append(norm)
-        return "as it is the second" if len(seen) == 2 and world.rank == 0 else ""
+        return "as it is the second" if len(seen) == 2 else ""
 
     with patch.object(Health, "judge", judge):
         run_zero(world, values)
