@@ -2,7 +2,7 @@
 
 Needs mergekit 0.1.4 in the environment, which wants another version of some packages than the tests
 do: give it an environment of its own, with this project's dependencies. Certificates are not
-timed, hashes are; a fusion hashes on a second core.
+timed, hashes are; a fusion hashes and writes on a second core, and on the first where it is ahead.
 """
 
 import multiprocessing

@@ -199,14 +199,13 @@ class PartNorms:
             numbers = torch.tensor([part for part, _ in held], device=self._device)
             squares.index_add_(0, numbers, norms.double() ** 2)
         group = self._group()
-        if messages is not None and len(messages):
-            assert dist.get_world_size(group) == dist.get_world_size()
-            together = torch.cat([squares, messages])
-            dist.all_reduce(together, group=group)
-            squares, summed = together.split([len(squares), len(messages)])
-            messages.copy_(summed)
-        else:
-            dist.all_reduce(squares, group=group)
+        if messages is None:
+            messages = squares.new_empty(0)
+        assert not len(messages) or dist.get_world_size(group) == dist.get_world_size()
+        together = torch.cat([squares, messages])
+        dist.all_reduce(together, group=group)
+        squares, summed = together.split([len(squares), len(messages)])
+        messages.copy_(summed)
         values = squares.sqrt().tolist()
         return {name: value for name, value in zip(self._parts, values, strict=True) if value}
 

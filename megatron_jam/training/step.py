@@ -42,7 +42,7 @@ class MustBeFinite:
 
     def message(self, loss: float) -> Tensor:
         """Nothing: loss and norm are the same on all ranks."""
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.empty(0, dtype=torch.float64)
 
     def __call__(self, loss: float, grad_norm: float, messages: Tensor) -> str:
         """Raise FloatingPointError unless both are finite."""
@@ -226,6 +226,7 @@ def train_step(
     Raises:
         FloatingPointError: without a judge, on every rank, before any weight has changed.
     """
+    assert judge is None or part_norms is not None, "its messages would not be carried"
     judge = judge or MustBeFinite()
     start = time.perf_counter()
     # A gradient left over from the last step would be counted a second time by Megatron's hooks.

@@ -50,10 +50,10 @@ def test_rows_that_were_looked_up(dtype: torch.dtype) -> None:
 
 
 def loss_of(
-    world: World, dtype: torch.dtype, at_once: int, reports: bool, scale: float
+    world: World, dtype: torch.dtype, at_once: int, reports: bool | None, scale: float
 ) -> tuple[list[Tensor], list[Tensor], list[bool], list[bool]]:
-    """Gradients of two states, what was added for two tables, whether Megatron is told so, and
-    whether it finds a gradient beside."""
+    """Gradients of two states, what was added for two tables (or without `reports` autograd made),
+    whether Megatron is told so, and whether it finds a gradient beside."""
     g = torch.Generator().manual_seed(3)
     states = [torch.randn(TOKENS, WIDTH, generator=g).to(dtype).requires_grad_() for _ in range(2)]
     tables = [table(dtype, seed) for seed in range(2)]

@@ -1,7 +1,9 @@
-"""Norms of a gradient's parts, learning-rate factors, and what overlaps with computing."""
+"""The update, norms of a gradient's parts, learning-rate factors, what overlaps with computing."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from megatron_jam.config.parallel import ParallelConfig
 from megatron_jam.config.run import FactorsConfig, OptimizerConfig
 from megatron_jam.models.parameters import parameter_table, part_of_model
 from megatron_jam.models.sharding import logical_gradients
+from megatron_jam.parallel.adam import Adam
 from megatron_jam.parallel.world import World
 from megatron_jam.training.optimizer import (
     PartNorms,
@@ -103,6 +106,54 @@ def test_norms_of_parts(pool: WorkerPool, layout: str, cross: Path) -> None:
 
 def unsharded(world: World, path: Path) -> Any:
     return train(world, path, 1, {}, distributed_optimizer=False)
+
+
+def updated(world: World, path: Path, clip_norm: float, optimizer_of_others: bool) -> Any:
+    """Weights after a step whose update is nearly the gradient itself; Adam may be another one."""
+    folder = WeightsFolder(path)
+    chunks = build(folder, world, torch.float32)
+    wrapped = wrap_chunks(chunks, world)
+    optimizer = build_optimizer(wrapped, dataclasses.replace(LINEAR, clip_norm=clip_norm))
+    step = ForwardBackward(wrapped, world, folder.vocabulary)
+    (batch,) = batches(path, 1)
+    ours = NoAdam if optimizer_of_others else Adam
+    with patch("megatron_jam.training.optimizer.Adam", ours):
+        train_step(step, optimizer, split_batch(batch, world, 1), RATE)
+    local = logical_gradients(chunks[0], lambda p: p.detach())
+    return dict(gather_whole(parameter_table(folder.config), local, world, torch.float32))
+
+
+LINEAR = OptimizerConfig(learning_rate=RATE, epsilon=1.0, weight_decay=0.0)
+
+
+class NoAdam:
+    """No optimizer is one."""
+
+
+@pytest.mark.parametrize("optimizer_of_others", [False, True], ids=["own", "others"])
+@pytest.mark.parametrize("clip_norm", [CLIP, 1e6], ids=["clipped", "whole"])
+def test_update_is_that_of_torch(
+    pool: WorkerPool, clip_norm: float, optimizer_of_others: bool, cross: Path
+) -> None:
+    """Divided by the tokens and clipped: torch's AdamW on the mean's clipped gradient."""
+    run = (updated, ParallelConfig(), cross, clip_norm, optimizer_of_others)
+    found = pool.run(*run)[0]
+    _, gradients = pool.run(
+        loss_and_gradients, ParallelConfig(), cross, *batches(cross, 1), torch.float32
+    )[0]
+    folder = WeightsFolder(cross)
+    due = {name: torch.nn.Parameter(folder.read(name).clone()) for name in gradients}
+    for name, weight in due.items():
+        weight.grad = gradients[name]
+    norm = torch.nn.utils.clip_grad_norm_(due.values(), clip_norm)
+    assert CLIP < norm < 1e6
+    betas = (LINEAR.beta1, LINEAR.beta2)
+    torch.optim.AdamW(due.values(), lr=RATE, betas=betas, eps=1.0, weight_decay=0).step()
+    for name, weight in due.items():
+        start = folder.read(name)
+        change = weight.detach() - start
+        assert float(change.abs().max()) > 0, name
+        torch.testing.assert_close(found[name] - start, change, rtol=1e-3, atol=2e-7)
 
 
 def test_factors_scale_the_updates_of_their_parts(pool: WorkerPool, cross: Path) -> None:
