@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import check_not_read
 from megatron_jam.config.log import logger
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.models.parameters import num_parameters
@@ -48,6 +49,7 @@ def main(
         certificate = export_hugging_face(source, output, own_code=own_code, vq_model=vq_model)
         report(output, WeightsFolder(source).config, certificate)
         return
+    check_not_read(output, tokenizer or source)
     conversion = read_hugging_face(source, tokenizer or source)
     if plan:
         sys.stdout.write(plan_as_text(conversion.steps))

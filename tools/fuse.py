@@ -9,6 +9,7 @@ from megatron_jam.config.errors import UsageError
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.log import logger
 from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.data.indexed import read_info
 from megatron_jam.evaluation.logits import logits_if_room
 from megatron_jam.evaluation.retention import measure_retention, save_retention
 from megatron_jam.fusion.fuse import Fusion
@@ -36,6 +37,8 @@ def main(
         context_length: tokens read at once for that; 0 means as many as the model has positions.
     """
     settings = FusionRecipe.load(recipe)
+    for each in sets or []:
+        read_info(each.path)  # what is missing is told before the fusion
     fusion = Fusion.plan(settings)
     for line in fusion.as_lines():
         logger.info("%s", line)

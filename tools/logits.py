@@ -36,16 +36,20 @@ def main(
         raise UsageError("name the ids to read and the file to write: --ids IDS.npy --out OUT.npy")
     if not out.absolute().parent.is_dir():
         raise UsageError(f"{out.parent} is no folder: make it first")
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder: name the file to write in it")
     try:
-        given = np.load(ids, allow_pickle=False)
+        # np.load would take archives and pickles too.
+        with ids.open("rb") as file:
+            given = np.lib.format.read_array(file, allow_pickle=False)
     except ValueError as error:
         raise UsageError(f"{ids} is no .npy array: {error}") from error
     world = start_world(parallel)
     found = folder_logits(weights, given, world, dtype=DTYPES[precision])
     if found is not None:
         temporary = temporary_name(out)
-        with writing(out), temporary.open("wb") as file:
-            np.save(file, found)
+        with writing(out), temporary.open("wb") as target:
+            np.save(target, found)
         publish(temporary, out)
         logger.info("wrote %s: %s", out, list(found.shape))
     stop_world()

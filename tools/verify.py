@@ -1,4 +1,4 @@
-"""Check a weights folder: index, shapes, vocabulary, and the sha256 of every tensor."""
+"""Check a weights folder: index, shapes, dtype, and the sha256 of every tensor and small file."""
 
 from pathlib import Path
 

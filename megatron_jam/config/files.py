@@ -112,6 +112,15 @@ def check_replaceable(path: Path, marker: str) -> None:
         )
 
 
+def check_not_read(output: Path, *inputs: Path) -> None:
+    """Raise :class:`UsageError` if a folder that is written to `output` would replace an input."""
+    for each in inputs:
+        if output.resolve() in (each.resolve(), *each.resolve().parents):
+            raise UsageError(
+                f"output {output} would replace {each}, which is read: name another folder"
+            )
+
+
 def replace_folder(new: Path, path: Path, *, marker: str) -> None:
     """Move the finished folder `new`, beside `path`, to `path`: on disk first.
 

@@ -1,9 +1,10 @@
 """The recipe of a fusion."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_jam.config.checks import check_types
 from megatron_jam.config.errors import UsageError
@@ -105,4 +106,33 @@ class FusionRecipe:
             if not isinstance(values[name], str):
                 raise UsageError(f"{path}: `{name}` is {values[name]!r}; it must be a folder")
             values[name] = Path(values[name])
-        return cls(**values)
+        recipe = cls(**values)
+        _check_all_matter(path, recipe, values)
+        return recipe
+
+
+_OF_BRIDGES = ("into", "kv_norm", "bridges")
+_OPTIONS = {
+    "uniform": ("text_share",),
+    "width": ("fill",),
+    "cross": ("every", "layers", *_OF_BRIDGES, "projection", "tables", "head", "alignment"),
+}
+"""What one method alone reads."""
+
+
+def _check_all_matter(path: Path, recipe: FusionRecipe, values: Mapping[str, Any]) -> None:
+    """Raise UsageError where a recipe names what its method does not read."""
+    for method, options in _OPTIONS.items():
+        for name in options:
+            if name in values and method != recipe.method:
+                raise UsageError(
+                    f"{path}: `{name}` is of method {method}, and this is {recipe.method}: leave it"
+                    " out, or take that method"
+                )
+    if "every" in values and recipe.layers:
+        raise UsageError(f"{path}: `every` and `layers` both say where bridges are: leave one out")
+    for name in _OF_BRIDGES:
+        if name in values and not recipe.every:
+            raise UsageError(
+                f"{path}: `{name}` is of bridges, and `every: 0` has none: leave it out"
+            )

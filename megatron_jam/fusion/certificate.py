@@ -23,6 +23,7 @@ from megatron_jam.models.parameters import parameter_table
 from megatron_jam.weights.certificate import LARGEST_DIFFERENCE, LENGTH, PROMPTS
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.reference import reference_logits
+from megatron_jam.weights.stream import tensor_sha256
 
 ModelLogits = Callable[[Path, NDArray[np.int64]], NDArray[np.float32] | str]
 """(folder, ids [B, S]) -> logits float32 [B, S, V] by models/, or why there are none."""
@@ -48,12 +49,23 @@ def certify_fusion(
         tokens with the same likeliest follower.
 
     Raises:
-        UsageError: an element is not the nearest number of its dtype, or the two logits differ.
+        UsageError: an element is not the nearest number of its dtype, a parent's tensor is not what
+            it says or not finite, or the two logits differ.
     """
     expected = Expected(child, parents, recipe, read_plan(child.path / PLAN_FILE))
     worst, where = 0.0, ""
     for entry in parameter_table(child.config):
-        error = _error(child.read(entry.name), lambda rows, e=entry: expected.rows(e, rows))
+        tensor = child.read(entry.name)
+        if tensor_sha256(tensor) != child.hashes[entry.name]:
+            raise UsageError(
+                f"{entry.name} of a parent has not the sha256 of its provenance.json: look for what"
+                " changed with tools/verify.py; nothing was written"
+            )
+        error = _error(tensor, lambda rows, e=entry: expected.rows(e, rows))
+        if np.isnan(error):
+            raise UsageError(
+                f"{entry.name} of a parent has numbers that are not finite: nothing was written"
+            )
         if not error <= _MOST:
             raise UsageError(
                 f"{entry.name} of the child is {error:.3g} units in the last place from what the"
@@ -79,18 +91,21 @@ def read_plan(path: Path) -> dict[str, list]:
     }
 
 
-def _error(tensor: Tensor, expected: Callable[[NDArray], NDArray]) -> float:
-    """Largest distance to what is expected, in units of the last place there; of fp64, fp32's, as
-    the computation itself is in fp64."""
+def _error(tensor: Tensor, expected: Callable[[NDArray], tuple[NDArray, Any]]) -> float:
+    """Largest distance to what is expected, in units of the last place there, where 0 is due of the
+    least number; of fp64, fp32's, as the computation itself is in fp64. NaN if not all of what is
+    expected is finite."""
     bits = torch.finfo(torch.float32 if tensor.dtype == torch.float64 else tensor.dtype)
     digits = round(-np.log2(bits.eps))
     least = np.log2(bits.smallest_normal)
     step, worst = max(1, _CHUNK // max(1, tensor[:1].numel())), 0.0
     for start in range(0, len(tensor), step):
         found = tensor[start : start + step].double().numpy()
-        due = expected(np.arange(start, start + len(found)))
-        exponent = np.maximum(np.frexp(due)[1] - 1, least)
-        error = np.abs(found - due) / np.exp2(exponent - digits)
+        due, slack = expected(np.arange(start, start + len(found)))
+        if not np.isfinite(due).all():
+            return np.nan
+        exponent = np.where(due == 0, least, np.maximum(np.frexp(due)[1] - 1, least))
+        error = np.maximum(np.abs(found - due) - slack, 0) / np.exp2(exponent - digits)
         worst = max(worst, float(np.max(error)) if not np.isnan(error).any() else np.inf)
     return worst
 

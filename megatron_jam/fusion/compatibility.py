@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import check_not_read
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import MAIN, TowerConfig
 from megatron_jam.fusion.vocabulary import kind_of, tokens_of
@@ -92,9 +93,8 @@ def check_parents(
     Raises:
         UsageError: it cannot; the message names what differs and what to do.
     """
+    check_not_read(recipe.output, text.path, image.path, recipe.tokenizer or image.path)
     for folder in (text, image):
-        if recipe.output.resolve() == folder.path.resolve():
-            raise UsageError(f"output {recipe.output} is a parent; name another folder")
         if folder.config.is_pair:
             raise UsageError(f"{folder.path} has two towers already; a parent has one")
         check_tensors(folder)

@@ -17,6 +17,8 @@ Values = NDArray[np.float64]
 
 _TOKENS, _OUTPUT = "embedding.tokens.weight", "head.output.weight"
 _POSITIONS = "embedding.positions.weight"
+_OF_PRODUCTS = 2.0**-23
+"""Of numbers of 16 bits, weighted in fp32: the weight's rounding and the product's."""
 
 
 class Expected:
@@ -35,11 +37,17 @@ class Expected:
         self.ids = {tower: np.array(plan[tower], dtype=np.int64) for tower in PAIR}
         """Each parent's row of an id, or -1."""
 
-    def rows(self, entry: Parameter, rows: Rows) -> Values:
-        """Rows `rows` of one tensor."""
-        return getattr(self, f"_{self._recipe.method}")(entry, rows)
+    def rows(self, entry: Parameter, rows: Rows) -> tuple[Values, Values | float]:
+        """Rows `rows` of one tensor, and how far a sum may be from it before its last rounding."""
+        if self._recipe.method == "width":
+            return self._width(entry, rows), 0.0
+        if self._recipe.method == "cross":
+            return self._cross(entry, rows), 0.0
+        terms = self._uniform(entry, rows)
+        sizes = np.abs(terms[0]) + np.abs(terms[1])
+        return sum(terms), sizes * _OF_PRODUCTS if self._child.dtype.itemsize == 2 else 0.0
 
-    def _uniform(self, entry: Parameter, rows: Rows) -> Values:
+    def _uniform(self, entry: Parameter, rows: Rows) -> tuple[Values, Values]:
         share = self._recipe.text_share
         if entry.name == _POSITIONS and self._recipe.positions in ("image", "llm"):
             share = float(self._recipe.positions == "llm")
@@ -52,7 +60,7 @@ class Expected:
         of_text, of_image = (self._parent(tower, entry.name, rows) for tower in (TEXT, IMAGE))
         # A weight of 0 takes nothing, not even a NaN.
         text = np.where(shares > 0, of_text, 0) * shares
-        return text + np.where(shares < 1, of_image, 0) * (1 - shares)
+        return text, np.where(shares < 1, of_image, 0) * (1 - shares)
 
     def _width(self, entry: Parameter, rows: Rows) -> Values:
         name, half = entry.name, entry.shape[0] // 2

@@ -64,6 +64,9 @@ class Fusion:
         config = configure(of_child(text.config), of_child(image.config), recipe)
         folders = {IMAGE: image, TEXT: text}
         parents = Parents(folders=folders, plan=vocabulary, config=config, recipe=recipe)
+        for entry in parameter_table(config):
+            if entry.layer is None:
+                METHODS[recipe.method][1](entry, parents)  # refuses positions that a parent lacks
         return cls(parents=parents, differences=differences)
 
     def as_lines(self) -> list[str]:
@@ -152,6 +155,6 @@ def fuse(recipe: FusionRecipe, *, model_logits: ModelLogits | None = None) -> Mo
 
 def _origin(parent: WeightsFolder) -> dict[str, Any]:
     """Where a parent comes from, without what it has written down of its own parents' tensors."""
-    dropped = ("sha256", "parents", "certificate")
+    dropped = ("sha256", "files_sha256", "dtype", "parents", "certificate")
     kept = {k: v for k, v in parent.provenance.items() if k not in dropped}
     return {"folder": str(parent.path), "sha256": parent.sha256, **kept}

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import check_not_read
 from megatron_jam.config.log import logger
 from megatron_jam.config.model import MAIN, PAIR, TEXT, BridgeConfig, ModelConfig
 from megatron_jam.models.parameters import (
@@ -39,8 +40,7 @@ def unfuse(weights: Path, tower: str, output: Path) -> ModelConfig:
     child = WeightsFolder(weights)
     if tower not in PAIR:
         raise UsageError(f"tower is {tower!r}; choose one of image, text")
-    if output.resolve() == child.path.resolve():
-        raise UsageError(f"output {output} is the model itself; name another folder")
+    check_not_read(output, child.path)
     recipe = child.provenance.get("recipe", {})
     if not child.config.is_pair and recipe.get("method") != "width":
         raise UsageError(f"{weights} is neither a JAM-Cross nor a JAM-Width of tools/fuse.py")
@@ -72,8 +72,7 @@ _TOLD = {
 
 
 def _is_the_parent(found: WeightsFolder, child: WeightsFolder, tower: str) -> bool | None:
-    """Whether all tensors have the hashes, dtype included, that the parent's had; None if nobody
-    wrote them down."""
+    """Whether all tensors have the bytes that the parent's had; None if nobody wrote them down."""
     due = child.provenance.get("parents", {}).get(tower, {}).get("sha256")
     return None if due is None else found.sha256 == due
 

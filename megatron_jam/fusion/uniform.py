@@ -27,7 +27,9 @@ def uniform_tensor(entry: Parameter, parents: Parents) -> Blocks:
     if entry.name == POSITIONS and one is not None:
         return parents.get(one, entry.name)
     text, image = (parents.get(tower, entry.name) for tower in (TEXT, IMAGE))
-    mean = average(text, image, parents.recipe.text_share)
+    share = parents.recipe.text_share
+    # A weight of 0 takes nothing, not even a NaN.
+    mean = {0.0: image, 1.0: text}.get(share) or average(text, image, share)
     if not entry.is_vocabulary:
         return mean
     takes = np.array(parents.plan.takes)

@@ -1,7 +1,10 @@
 """Parity certificates: what shows that a converted model is the one that it was made from.
 
 Both sides run through the plain reference, one layer at a time, on prompts that depend on nothing
-but the vocabulary; so does whoever checks the folder later.
+but the vocabulary; so does whoever checks the folder later. The source's tensors have their
+canonical names by then: what is shown is that merging, ordering and writing changed nothing. That a
+name stands for the right tensor is shown by the tests, against transformers' models, and by
+tools/logits.py beside the other program.
 """
 
 from collections.abc import Callable

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megatron_jam import __version__
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import Unchanged
+from megatron_jam.config.files import Unchanged, check_not_read
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.models.parameters import Parameter, parameter_table
 from megatron_jam.weights.certificate import certify
@@ -69,9 +71,10 @@ class Conversion:
             file_bytes: largest size of one file, in bytes.
 
         Raises:
-            UsageError: `output` is another kind of folder, dtypes are mixed, a file was changed
-                meanwhile, or the result is not the source.
+            UsageError: `output` is another kind of folder or holds the checkpoint, dtypes are
+                mixed, a file was changed meanwhile, or the result is not the source.
         """
+        check_not_read(output, *map(Path, self.unchanged.states))
         table = {entry.name: entry for entry in parameter_table(self.config)}
         shapes = {name: entry.shape for name, entry in table.items()}
         (dtype, *others) = sorted({t.dtype for t in self.tensors.values()}, key=str)
@@ -87,9 +90,8 @@ class Conversion:
             resume=self._key(),
         ) as writer:
             for name in writer.left:
-                tensor = self.tensors[name].read()
-                is_of_ids = table[name].is_vocabulary
-                writer.write(name, self.ids.rows(tensor) if is_of_ids else tensor)
+                # Under no name here, where it would stay beside the next one.
+                writer.write(name, self._whole(table[name]))
             certificate = certify(
                 self.config,
                 lambda name: self.tensors[name].read(),
@@ -99,6 +101,10 @@ class Conversion:
             self.unchanged.check()
             writer.finish({**self.origin, "certificate": certificate})
         return certificate
+
+    def _whole(self, entry: Parameter) -> Tensor:
+        tensor = self.tensors[entry.name].read()
+        return self.ids.rows(tensor) if entry.is_vocabulary else tensor
 
     def _key(self) -> str:
         """What the folder's tensors are made of, in short."""
@@ -126,8 +132,9 @@ def fitted(
     padding = tensor.shape[0] - entry.shape[0] if entry.is_vocabulary else 0
     if padding and not 0 < padding <= most_padding:
         raise UsageError(
-            f"the checkpoint has {tensor.shape[0]:,} token rows, but the tokenizer has"
+            f"{key} has {tensor.shape[0]:,} token rows, but the tokenizer has"
             f" {entry.shape[0]:,} ids: name the tokenizer of this model"
+            + (", or is a part of the checkpoint missing?" if padding < 0 else "")
         )
     if padding:
         tensor = rows(tensor, 0, entry.shape[0])

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,10 +32,13 @@ from megatron_jam.config.model import ModelConfig
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.weights.stream import INDEX, Fill, TensorStream
-from megatron_jam.weights.tensor_file import Stored, read_header
+from megatron_jam.weights.tensor_file import Stored, read_header, read_index
 
 CONFIG, VOCABULARY, TOKENIZER = "config.json", "vocabulary.json", "tokenizer.json"
 PROVENANCE = "provenance.json"
+DTYPE, SHA256, FILES_SHA256 = "dtype", "sha256", "files_sha256"
+"""What its writer adds to provenance.json: dtype of the tensors, sha256 of each, and of each small
+file."""
 
 
 class WeightsFolder:
@@ -64,7 +68,7 @@ class WeightsFolder:
         self.provenance = read_json(self.path / PROVENANCE)
         self._files: dict[str, Any] = {}
         self._headers: dict[Path, dict[str, tuple[int, int]]] = {}
-        self._place = read_json(self.path / INDEX).get("weight_map", {})
+        self._place = read_index(self.path / INDEX)
         self.unchanged = Unchanged(self.path / name for name in sorted(set(self._place.values())))
         """Check it when all was read: another program may have written the files meanwhile."""
 
@@ -72,6 +76,14 @@ class WeightsFolder:
     def names(self) -> list[str]:
         """Canonical names of all tensors."""
         return list(self._place)
+
+    @property
+    def files(self) -> dict[str, set[str]]:
+        """Names of the tensors in each file, by the file's name, as the index says."""
+        found: dict[str, set[str]] = {}
+        for name, file in self._place.items():
+            found.setdefault(file, set()).add(name)
+        return found
 
     def copy_description(self, path: Path) -> None:
         """Make a folder `path` with what the weights are of: config, vocabulary, tokenizer."""
@@ -88,17 +100,22 @@ class WeightsFolder:
         """One tensor, whole or cut along `dim`.
 
         Raises:
-            UsageError: if the folder has no tensor of that name.
+            UsageError: if the folder has no tensor of that name, or its file does not give it.
         """
         if name not in self._place:
             raise UsageError(f"{self.path} has no tensor {name}")
         file = self._place[name]
         if file not in self._files:
             self._files[file] = self._open(file, name)
-        if dim is None:
-            return self._files[file].get_tensor(name)
-        view = self._files[file].get_slice(name)
-        return view[start:stop] if dim == 0 else view[:, start:stop]
+        try:
+            if dim is None:
+                return self._files[file].get_tensor(name)
+            view = self._files[file].get_slice(name)
+            return view[start:stop] if dim == 0 else view[:, start:stop]
+        except SafetensorError as error:
+            raise UsageError(
+                f"{self.path / file} does not give {name} ({error}): copy the whole folder"
+            ) from error
 
     def _open(self, file: str, name: str) -> Any:
         """Map a file, which must hold tensor `name`."""
@@ -123,20 +140,39 @@ class WeightsFolder:
         return self.read(self.names[0], 0, 0, 0).dtype
 
     def stored(self, name: str) -> Stored:
-        """Where a tensor's bytes lie."""
+        """Where a tensor's bytes lie.
+
+        Raises:
+            UsageError: the file does not give it, or nobody recorded its sha256.
+        """
         self.shape(name)  # a file that is missing or damaged is told of there
         path = self.path / self._place[name]
         if path not in self._headers:
             self._headers[path] = read_header(path)
         start, stop = self._headers[path][name]
-        return Stored(
-            path=path, offset=start, size=stop - start, sha256=self.provenance["sha256"][name]
-        )
+        return Stored(path=path, offset=start, size=stop - start, sha256=self.hashes[name])
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of each tensor as it was written, by name.
+
+        Raises:
+            UsageError: provenance.json lacks one.
+        """
+        found = self.provenance.get(SHA256)
+        given = found if isinstance(found, dict) else {}
+        for name in self.names:
+            if not isinstance(given.get(name), str):
+                raise UsageError(
+                    f"{self.path}: {PROVENANCE} has no sha256 of {name}: make or copy the folder"
+                    " again"
+                )
+        return given
 
     @property
     def sha256(self) -> str:
-        """Of all tensors: the hash of their recorded hashes."""
-        recorded = json.dumps(self.provenance["sha256"], sort_keys=True)
+        """Of all tensors: the hash of their recorded hashes; raises as `hashes`."""
+        recorded = json.dumps(self.hashes, sort_keys=True)
         return hashlib.sha256(recorded.encode()).hexdigest()
 
     @property
@@ -191,11 +227,11 @@ class FolderWriter:
         Raises:
             UsageError: if `source` lacks a file, or `path` is another kind of folder.
         """
-        check_replaceable(Path(path), INDEX)
+        check_replaceable(Path(path), PROVENANCE)
         self._beside = tokenizer_files(source) if isinstance(source, Path) else source
         self.path = Path(path)
         self._part = self.path.parent / f".{self.path.name}.part"
-        self._config, self._resume = config, resume
+        self._config, self._dtype, self._resume = config, dtype, resume
         self._stream = TensorStream(self._part, shapes, dtype, file_bytes=file_bytes, resume=resume)
         self._is_complete = False
         self.left = list(shapes)
@@ -249,10 +285,22 @@ class FolderWriter:
         if not self._is_complete:
             self.complete(provenance)
         self._save(provenance)
-        replace_folder(self._part, self.path, marker=INDEX)
+        replace_folder(self._part, self.path, marker=PROVENANCE)
 
     def _save(self, provenance: Mapping[str, Any]) -> None:
-        write_json(self._part / PROVENANCE, {**provenance, "sha256": self._stream.hashes})
+        small = {name: file_sha256(self._part / name) for name in (CONFIG, *self._beside)}
+        written = {
+            DTYPE: str(self._dtype).removeprefix("torch."),
+            FILES_SHA256: small,
+            SHA256: self._stream.hashes,
+        }
+        write_json(self._part / PROVENANCE, {**provenance, **written})
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ import torch
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import (
     Unchanged,
+    check_not_read,
     check_replaceable,
     replace_folder,
     write_json,
@@ -34,7 +35,7 @@ from megatron_jam.weights.hf_settings import own_settings, stock_settings
 from megatron_jam.weights.huggingface import OWN, hugging_face_name
 from megatron_jam.weights.lazy import Lazy
 from megatron_jam.weights.load import check_tensors
-from megatron_jam.weights.stream import INDEX, TensorStream
+from megatron_jam.weights.stream import TensorStream
 
 _HERE = Path(__file__).parent
 
@@ -54,9 +55,8 @@ def export_hugging_face(
         UsageError: `output` is another kind of folder, or a file was changed meanwhile.
     """
     folder = WeightsFolder(source)
-    check_replaceable(output, INDEX)
-    if output.resolve() == folder.path.resolve():
-        raise UsageError(f"output {output} is the model itself; name another folder")
+    check_replaceable(output, PROVENANCE)
+    check_not_read(output, folder.path, vq_model or folder.path)
     check_tensors(folder)
     settings = {} if own_code else _stock(folder, vq_model)
     settings = settings or own_settings(folder.config, folder.vocabulary)
@@ -81,7 +81,7 @@ def export_hugging_face(
                 "certificate": certificate,
             },
         )
-        replace_folder(part, output, marker=INDEX)
+        replace_folder(part, output, marker=PROVENANCE)
     finally:
         shutil.rmtree(part, ignore_errors=True)  # renamed and gone where all went well
     return certificate

@@ -10,12 +10,14 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import Unchanged, read_json
+from megatron_jam.config.log import logger
 from megatron_jam.models.parameters import parameter_table
 from megatron_jam.weights.conversion import Conversion, Step, fitted
 from megatron_jam.weights.huggingface import hugging_face_name, model_config
 from megatron_jam.weights.ids import read_ids
 from megatron_jam.weights.lazy import Lazy
 from megatron_jam.weights.stream import INDEX
+from megatron_jam.weights.tensor_file import read_index
 
 SINGLE = "model.safetensors"
 VQ_MODEL = "model.vqmodel"
@@ -50,13 +52,19 @@ def read_hugging_face(source: Path, tokenizer: Path) -> Conversion:
         UsageError: the folder is not whole, or is no model that towers here can compute.
     """
     ids = read_ids(tokenizer)
-    settings = read_json(source / "config.json")
+    path = source / "config.json"
+    settings = read_json(path)
     files = tensor_files(source)
     unchanged = Unchanged(files)
     found = read_tensors(files)
     kind = settings.get("model_type", "")
     rows = settings.get("vocab_size", 0)
-    config = model_config({**settings, "vocab_size": ids.vocabulary.size})
+    config = model_config({**settings, "vocab_size": ids.vocabulary.size}, path)
+    if config.vocab_size != ids.vocabulary.size:  # an own model's, which says it itself
+        raise UsageError(
+            f"{path} says {config.vocab_size:,} ids, but the tokenizer has"
+            f" {ids.vocabulary.size:,}: name the tokenizer of this model"
+        )
     steps: list[Step] = []
     tensors: dict[str, Lazy] = {}
     for entry in parameter_table(config):
@@ -78,6 +86,14 @@ def read_hugging_face(source: Path, tokenizer: Path) -> Conversion:
         if not reasons:
             raise UsageError(f"{source} has {key}, which no known model has")
         steps.append(Step(source=key, shape=tensor.shape, action=f"drop: {reasons[0]}"))
+    if beyond := rows - ids.vocabulary.size:
+        logger.info(
+            "%s: its last %d of %s token rows are beyond the tokenizer's %s ids and are left out",
+            source,
+            beyond,
+            f"{rows:,}",
+            f"{ids.vocabulary.size:,}",
+        )
     origin = {"made_by": "tools/convert_hf.py", "folder": str(source), "model_type": kind}
     return Conversion(
         config=config, ids=ids, tensors=tensors, steps=steps, origin=origin, unchanged=unchanged
@@ -88,10 +104,10 @@ def tensor_files(source: Path) -> list[Path]:
     """The safetensors files of a folder.
 
     Raises:
-        UsageError: there are none, or one is missing.
+        UsageError: there are none, one is missing, or the index is damaged.
     """
     if (source / INDEX).is_file():
-        names = sorted(set(read_json(source / INDEX).get("weight_map", {}).values()))
+        names = sorted(set(read_index(source / INDEX).values()))
     elif (source / SINGLE).is_file():
         names = [SINGLE]
     else:

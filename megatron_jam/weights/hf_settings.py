@@ -10,7 +10,7 @@ from megatron_jam.config.model import MAIN, ModelConfig, TowerConfig
 from megatron_jam.models.parameters import parameter_table
 from megatron_jam.tokenizers.named import image_token_name
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
-from megatron_jam.weights.huggingface import OWN
+from megatron_jam.weights.huggingface import OWN, Settings
 from megatron_jam.weights.reference import num_attentions
 
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu_pytorch_tanh", "silu": "silu"}
@@ -114,10 +114,11 @@ def _llama(tower: TowerConfig) -> dict[str, Any]:
 
 
 def _chameleon(tower: TowerConfig, vocabulary: JointVocabulary, vq_model: Path) -> dict[str, Any]:
-    image_tokenizer = read_json(vq_model / "config.json").get("vq_config")
-    if not isinstance(image_tokenizer, dict):
+    file = vq_model / "config.json"
+    image_tokenizer = Settings(read_json(file), file).part("vq_config")
+    if not image_tokenizer.values:
         raise UsageError(f"{vq_model} is no Chameleon: its config.json has no vq_config")
-    codes = image_tokenizer.get("num_embeddings", 8192)
+    codes = image_tokenizer.get("num_embeddings", int, 8192)
     if codes != vocabulary.image.size:
         raise UsageError(
             f"{vq_model} has {codes} image codes, the model {vocabulary.image.size}: name the"
@@ -129,7 +130,7 @@ def _chameleon(tower: TowerConfig, vocabulary: JointVocabulary, vq_model: Path) 
         "model_type": "chameleon",
         "architectures": ["ChameleonForConditionalGeneration"],
         "swin_norm": False,
-        "vq_config": image_tokenizer,
+        "vq_config": image_tokenizer.values,
         # No text has <unk>, so it can stand where a picture is to be put in.
         "vocabulary_map": {image_token_name(code): each for code, each in enumerate(ids)}
         | {"<image>": vocabulary.unk},

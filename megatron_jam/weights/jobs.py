@@ -60,6 +60,7 @@ class Jobs:
         """End the thread; what has not begun is not done."""
         with self._changed:
             self._ends = True
+            self._left -= sum(map(len, self._waiting.values()))
             self._waiting.clear()
             self._changed.notify_all()
         if self._thread.is_alive():

@@ -1,4 +1,5 @@
-"""One safetensors file: its head, and tensors that are written to it in any order."""
+"""One safetensors file: its head, and tensors that are written to it in any order; the index of
+several."""
 
 import errno
 import json
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import writing
+from megatron_jam.config.files import read_json, writing
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 _LINE_BYTES = 64
@@ -126,3 +127,17 @@ def read_header(path: Path) -> dict[str, tuple[int, int]]:
         for name, entry in entries.items()
         if name != "__metadata__"
     }
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Which file holds each tensor, by the tensor's name, as an index says.
+
+    Raises:
+        UsageError: it does not say so, or names no tensor.
+    """
+    found = read_json(path).get("weight_map")
+    files = list(found.values()) if isinstance(found, dict) else []
+    if not files or not all(isinstance(each, str) for each in files):
+        raise UsageError(f"{path} is damaged: its weight_map does not give each tensor's file")
+    assert isinstance(found, dict)
+    return found

@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import check_replaceable, replace_folder, temporary_name
+from megatron_jam.config.files import (
+    check_not_read,
+    check_replaceable,
+    replace_folder,
+    temporary_name,
+)
 
 
 def make(folder: Path, **files: str) -> Path:
@@ -46,3 +51,19 @@ def test_other_folders_files_and_links_stay(tmp_path: Path) -> None:
     assert (precious / "thesis").read_text() == "x"
     assert new.is_dir()
     check_replaceable(tmp_path / "absent", "marker")
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", file="x")
+    check_not_read(tmp_path / "other", source, source / "file")
+    check_not_read(source / "inner", source)
+    (tmp_path / "link").symlink_to(source)
+    for output, read in [
+        (source, source),
+        (source, source / "file"),
+        (tmp_path, source),
+        (tmp_path / "x" / ".." / "source", source),
+        (source, tmp_path / "link"),
+    ]:
+        with pytest.raises(UsageError, match=r"would replace .*, which is read: name another"):
+            check_not_read(output, tmp_path / "other", read)

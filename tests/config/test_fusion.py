@@ -33,9 +33,9 @@ def test_defaults_are_the_papers(tmp_path: Path) -> None:
 
 
 def test_settings_are_read(tmp_path: Path) -> None:
-    recipe = load(tmp_path, every=4, bridges="zero", projection="half", seed=9, text_share=1)
+    recipe = load(tmp_path, every=4, bridges="zero", projection="half", seed=9)
     assert (recipe.every, recipe.bridges, recipe.projection, recipe.seed) == (4, "zero", "half", 9)
-    assert recipe.text_share == 1
+    assert load(tmp_path, method="uniform", text_share=1).text_share == 1
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,11 @@ def test_settings_are_read(tmp_path: Path) -> None:
         ({"text_share": "most"}, "text_share is 'most'; it must be a number"),
         ({"every": -2}, "every is -2"),
         ({"every": "2"}, "every is '2'; it must be a whole number"),
+        ({"text_share": 0.5}, "`text_share` is of method uniform, and this is cross: leave it out"),
+        ({"method": "uniform", "fill": "copy"}, "`fill` is of method width, and this is uniform"),
+        ({"method": "width", "head": "wide"}, "`head` is of method cross, and this is width"),
+        ({"every": 2, "layers": [1]}, "`every` and `layers` both say where bridges are"),
+        ({"every": 0, "kv_norm": True}, "`kv_norm` is of bridges, and `every: 0` has none"),
     ],
 )
 def test_mistakes_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -85,7 +85,24 @@ def test_ids_that_the_model_cannot_read(
     assert not (tmp_path / "out.npy").exists()
 
 
-def test_a_file_that_is_no_array(folders: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "ids.npy").write_text("no array")
+@pytest.mark.parametrize("content", ["text", "empty", "archive", "objects", "cut"])
+def test_a_file_that_is_no_array(content: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "ids.npy"
+    if content in ("text", "empty"):
+        path.write_text("no array" if content == "text" else "")
+    elif content == "archive":
+        np.savez(path.with_suffix(".npz"), ids=IDS)
+        path.with_suffix(".npz").rename(path)
+    else:
+        np.save(path, IDS.astype(object) if content == "objects" else IDS)
+        path.write_bytes(path.read_bytes()[:-8])
     arguments = (str(folders["llama"]), "--ids", "ids.npy", "--out", "out.npy")
     fails(tool("logits", *arguments, cwd=tmp_path), "ids.npy is no .npy array")
+
+
+def test_a_folder_is_not_written_over(folders: dict[str, Path], tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", IDS)
+    (tmp_path / "out").mkdir()
+    arguments = (str(folders["llama"]), "--ids", "ids.npy", "--out", "out")
+    fails(tool("logits", *arguments, cwd=tmp_path), "out is a folder: name the file to write in it")
+    assert {path.name for path in tmp_path.iterdir()} == {"ids.npy", "out"}

@@ -1,5 +1,7 @@
 """A fusion's certificate: it holds for what the methods make, and finds what they did not."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from megatron_jam.fusion import fuse as fusing
 from megatron_jam.fusion.blocks import Blocks, held
 from megatron_jam.fusion.fuse import fuse
 from megatron_jam.models.parameters import Parameter
-from megatron_jam.weights.folder import WeightsFolder
+from megatron_jam.weights.folder import FolderWriter, WeightsFolder
 from megatron_jam.weights.reference import reference_logits
 from tests.helpers.pico import SEPARATE, pico_config, pico_folder
 from tests.helpers.pool import WorkerPool
@@ -145,3 +147,88 @@ def test_a_parent_that_changes_meanwhile_is_found(
     with pytest.raises(UsageError, match=f"{file.name} was changed while it was read"):
         fuse(recipe)
     assert list(tmp_path.iterdir()) == []
+
+
+def with_tensors(path: Path, like: Path, change: Callable[[Tensor], Tensor]) -> Path:
+    """A weights folder with the tensors of another, each changed."""
+    folder = WeightsFolder(like)
+    shapes = {name: folder.shape(name) for name in folder.names}
+    with FolderWriter(
+        path, config=folder.config, source=like, shapes=shapes, dtype=folder.dtype
+    ) as writer:
+        for name in shapes:
+            writer.write(name, change(folder.read(name).clone()))
+        writer.finish({"source": "changed"})
+    return path
+
+
+@pytest.mark.parametrize("share", [0.3, 1 / 3])
+def test_terms_that_nearly_cancel_are_sums_in_fp32(
+    share: float, parents: dict[str, Path], tmp_path: Path
+) -> None:
+    """Their sum is as small as what the products lost; a difference beyond that is found."""
+    image = with_tensors(
+        tmp_path / "image", parents["text"], lambda each: each * (-share / (1 - share))
+    )
+    recipe = FusionRecipe(
+        method="uniform",
+        text=parents["text"],
+        image=image,
+        output=tmp_path / "child",
+        text_share=share,
+    )
+    fuse(recipe)
+    assert WeightsFolder(recipe.output).provenance["certificate"]["largest_error_in_ulp"] < 0.51
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.5e-3])
+def test_what_must_be_zero_is_zero(
+    size: float, parents: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure, compute = fusing.METHODS["width"]
+
+    def wrong(entry: Parameter, given: Any) -> Blocks:
+        blocks = compute(entry, given)
+        if "layers.1" not in entry.name or "fc2.weight" not in entry.name:
+            return blocks
+        whole = blocks.rows(0, blocks.shape[0]).clone()
+        assert whole[0, -1] == 0
+        whole[0, -1] = size
+        return held(whole)
+
+    monkeypatch.setitem(fusing.METHODS, "width", (configure, wrong))
+    recipe = FusionRecipe(method="width", fill="diagonal", output=tmp_path / "child", **parents)
+    with pytest.raises(UsageError, match=r"layers\.1\..*fc2\.weight of the child is .* units"):
+        fuse(recipe)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_are_the_parents_fault(
+    value: float, parents: dict[str, Path], tmp_path: Path
+) -> None:
+    def spoilt(each: Tensor) -> Tensor:
+        each.view(-1)[0] = value
+        return each
+
+    image = with_tensors(tmp_path / "image", parents["image"], spoilt)
+    given = {"text": parents["text"], "image": image, "output": tmp_path / "child"}
+    with pytest.raises(UsageError, match="of a parent has numbers that are not finite"):
+        fuse(FusionRecipe(method="uniform", **given))
+    fuse(FusionRecipe(method="uniform", text_share=1, **given))  # which takes nothing of it
+    of_text, of_child = (
+        WeightsFolder(p).provenance["sha256"] for p in (parents["text"], tmp_path / "child")
+    )
+    assert of_child == of_text
+
+
+def test_a_damaged_parent_is_found(parents: dict[str, Path], tmp_path: Path) -> None:
+    """A bit of a tensor that is copied, with the hash that the parent recorded."""
+    text = Path(shutil.copytree(parents["text"], tmp_path / "text"))
+    (file,) = text.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    given = {"text": text, "image": parents["image"], "output": tmp_path / "child"}
+    with pytest.raises(UsageError, match=r"of a parent has not the sha256 of its provenance\.json"):
+        fuse(FusionRecipe(method="cross", **given, **SEPARATE))
+    assert not (tmp_path / "child").exists()

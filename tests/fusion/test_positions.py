@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.fusion import FusionRecipe
-from megatron_jam.fusion.fuse import fuse
+from megatron_jam.fusion.fuse import Fusion, fuse
 from megatron_jam.weights.folder import WeightsFolder
 from tests.helpers.pico import LLAMA, SEPARATE, pico_config, pico_folder
 
@@ -103,6 +103,8 @@ def test_a_longer_table_is_cut(parents: dict[str, Path], tmp_path: Path) -> None
 def test_nothing_is_guessed(
     settings: dict, message: str, parents: dict[str, Path], tmp_path: Path
 ) -> None:
+    with pytest.raises(UsageError, match=message):
+        Fusion.plan(FusionRecipe(output=tmp_path / "child", **parents, **settings))
     with pytest.raises(UsageError, match=message):
         child(parents, tmp_path / "child", **settings)
     assert list(tmp_path.iterdir()) == []

@@ -104,4 +104,7 @@ def test_the_command_and_its_mistakes(tmp_path: Path) -> None:
     assert certificate == {"is_the_parent": None}
     fails(tool("unfuse", "text", "text", "x", cwd=tmp_path), "text is neither a JAM-Cross nor")
     fails(tool("unfuse", "child", "main", "x", cwd=tmp_path), "main.*")
-    fails(tool("unfuse", "child", "text", "child", cwd=tmp_path), "child is the model itself")
+    fails(
+        tool("unfuse", "child", "text", "child", cwd=tmp_path),
+        "child would replace child, which is read",
+    )

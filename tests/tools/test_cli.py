@@ -125,7 +125,20 @@ def test_fuse_plans_makes_and_measures(home: Path, tmp_path: Path) -> None:
     assert "text ids 296: the LLM's rows 296" in planned.stderr + planned.stdout
     assert lines[-1].split("\t") == ["321", "<sentinel:3>", "image", "321", "321"]
 
-    sets = f"[{{name: a, path: {home / 'set'}}}, {{name: b, path: {home / 'other'}}}]"
+    fails(tool("fuse", name, "--sets", "[{name: a, path: nowhere}]", cwd=tmp_path), ".*nowhere.*")
+    assert sorted(tmp_path.iterdir()) == before
+
+    pictures = pico_vocabulary().image
+    write_set(
+        tmp_path / "pictures",
+        [np.array([*range(pictures.start + n, pictures.stop), 2]) for n in range(3)],
+        vocabulary=pico_vocabulary(),
+        tokenizer_sha256=pico_tokenizer().sha256,
+        image_tokenizer_sha256="of codes",
+        kind="pairs",
+    )
+    paths = {"a": home / "set", "b": home / "other", "c": "pictures"}
+    sets = json.dumps([{"name": key, "path": str(path)} for key, path in paths.items()])
     done = tool("fuse", name, "--sets", sets, "--context_length", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     child = WeightsFolder(tmp_path / "child")
@@ -134,10 +147,12 @@ def test_fuse_plans_makes_and_measures(home: Path, tmp_path: Path) -> None:
     assert 0 < certificate["models_and_reference"] < 1e-5
     (rows,) = [json.loads((tmp_path / "child" / "retention.json").read_text())]
     assert [(row["set"], row["model"]) for row in rows] == [
-        (name, model) for name in ("a", "b") for model in ("LLM", "image model", "child")
+        (name, model) for name in ("a", "b", "c") for model in ("LLM", "image model", "child")
     ]
-    # Set b is of another vocabulary; set a has no pictures.
-    assert all(row["text"] is None and row["image"] is None for row in rows[3:])
+    # Set b is of another vocabulary; set a has no pictures, and set c no text.
+    assert all(row["text"] is None and row["image"] is None for row in rows[3:6])
+    assert len({row["image"] for row in rows[6:]}) == 3
+    assert all(row["image"] > 1 and row["text"] is None for row in rows[6:])
     assert len({row["text"] for row in rows[:3]}) == 3
     assert all(row["text"] > 1 and row["image"] is None for row in rows[:3])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
@@ -69,6 +69,12 @@ def test_several_files_come_back_bit_for_bit(
         assert folder.shape(name) == SHAPES[name]
         assert folder.provenance["sha256"][name] == hashlib.sha256(bits(tensor)).hexdigest()
     assert folder.provenance["made_by"] == "a test"
+    assert folder.provenance["dtype"] == str(dtype).removeprefix("torch.")
+    small = folder.provenance["files_sha256"]
+    assert set(small) == {"config.json", VOCABULARY, "tokenizer.json"}
+    for name, digest in small.items():
+        content = (tmp_path / "model" / name).read_bytes()
+        assert digest == hashlib.sha256(content).hexdigest()
 
 
 def test_slices(source: Path) -> None:
@@ -223,7 +229,12 @@ def test_vocabulary_of_the_same_size_is_not_the_same(source: Path) -> None:
         ("config.json", b"{", "config.json is damaged"),
         ("config.json", b"[]", "config.json is damaged"),
         ("provenance.json", b"", "provenance.json is damaged"),
+        ("provenance.json", b"[]", "provenance.json is damaged"),
         (INDEX, b"{,}", "index.json is damaged"),
+        (INDEX, b"{}", "index.json is damaged: its weight_map does not give each tensor's file"),
+        (INDEX, b'{"weight_map": null}', "index.json is damaged: its weight_map"),
+        (INDEX, b'{"weight_map": ["a"]}', "index.json is damaged: its weight_map"),
+        (INDEX, b'{"weight_map": {"a": 1}}', "index.json is damaged: its weight_map"),
         (INDEX, None, f"is not a weights folder: it has no {INDEX}"),
     ],
 )
@@ -235,6 +246,28 @@ def test_damage_is_one_line(copy: Path, name: str, content: bytes | None, messag
     with pytest.raises(UsageError, match=message) as caught:
         check_tensors(WeightsFolder(copy))
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_does_not_give_a_tensor_is_named(copy: Path) -> None:
+    save_file({"other": torch.ones(1)}, copy / "other.safetensors")
+    index = json.loads((copy / INDEX).read_text())
+    index["weight_map"][QUERY] = "other.safetensors"
+    (copy / INDEX).write_text(json.dumps(index))
+    folder = WeightsFolder(copy)
+    for read in (folder.read, folder.shape, folder.stored):
+        with pytest.raises(UsageError, match=rf"other\.safetensors does not give {QUERY}"):
+            read(QUERY)
+
+
+@pytest.mark.parametrize("recorded", [None, [], {}, {QUERY: 1}])
+def test_a_provenance_without_hashes_is_named(recorded: object, copy: Path) -> None:
+    path = copy / "provenance.json"
+    kept = {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}
+    path.write_text(json.dumps(kept if recorded is None else {**kept, "sha256": recorded}))
+    with pytest.raises(UsageError, match=r"provenance\.json has no sha256 of "):
+        WeightsFolder(copy).stored(QUERY)
+    with pytest.raises(UsageError, match=r"provenance\.json has no sha256 of "):
+        _ = WeightsFolder(copy).sha256
 
 
 def test_cut_file_is_damaged(copy: Path) -> None:

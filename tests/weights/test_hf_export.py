@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,27 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     text = "a strawberry is a sweet red fruit"
     assert tokenizer(text, add_special_tokens=False).input_ids == pico_tokenizer().encode(text)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 2)
+
+
+def test_folders_of_others_and_what_is_read_stay(tmp_path: Path) -> None:
+    """A sharded download has an index like ours; a model must not replace what it is made of."""
+    weights = pico_folder(tmp_path / "w", CONFIGS["opt"], dtype=torch.float32)
+    export_hugging_face(weights, tmp_path / "hf")
+    theirs = Path(shutil.copytree(tmp_path / "hf", tmp_path / "theirs"))
+    (theirs / "provenance.json").unlink()
+    for folder in ("theirs", "hf"):
+        shutil.copyfile(weights / "vocabulary.json", tmp_path / folder / "vocabulary.json")
+    before = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+    for arguments, message in [
+        (("export", "w", "theirs"), "theirs is not replaced, as it has files but no provenance"),
+        (("import", "theirs", "theirs"), "output theirs would replace theirs, which is read"),
+        (("import", "hf", "hf"), "output hf would replace hf, which is read"),
+        (("import", "hf", "w", "--tokenizer", "w"), "output w would replace w, which is read"),
+        (("export", "w", "w"), "output w would replace w, which is read"),
+        (("export", "w", "hf", "--vq_model", "hf"), "output hf would replace hf, which is read"),
+    ]:
+        fails(tool("convert_hf", *arguments, cwd=tmp_path), message)
+    assert {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()} == before
 
 
 def test_options_of_the_import_alone_are_refused(tmp_path: Path) -> None:

@@ -11,13 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
+from megatron_jam.config.errors import UsageError
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import BridgeConfig, ModelConfig
 from megatron_jam.fusion.fuse import fuse
-from megatron_jam.weights.folder import WeightsFolder
+from megatron_jam.tokenizers.vocabulary import JointVocabulary
+from megatron_jam.weights.folder import VOCABULARY, WeightsFolder
 from megatron_jam.weights.hf_export import export_hugging_face
 from megatron_jam.weights.hf_import import read_hugging_face
 from megatron_jam.weights.reference import reference_logits
+from megatron_jam.weights.verify import verify
 from tests.helpers.commands import tool
 from tests.helpers.pico import LLAMA, SEPARATE, pico_config, pico_folder
 
@@ -169,6 +172,17 @@ def test_the_command_says_why(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     back = WeightsFolder(tmp_path / "back")
     assert back.provenance["sha256"] == WeightsFolder(weights).provenance["sha256"]
+    verify(back.path)
+
+
+@pytest.mark.parametrize("sentinels", [3, 5])
+def test_the_tokenizer_of_another_model_is_refused(sentinels: int, tmp_path: Path) -> None:
+    export_hugging_face(pico_folder(tmp_path / "w", MODELS["groups"]), tmp_path / "hf")
+    other = JointVocabulary.build(text_size=300, num_image_codes=16, num_sentinels=sentinels)
+    other.save(tmp_path / "hf" / VOCABULARY)
+    message = rf"hf/config\.json says 322 ids, but the tokenizer has {other.size}"
+    with pytest.raises(UsageError, match=message):
+        read_hugging_face(tmp_path / "hf", tmp_path / "hf")
 
 
 def test_a_diagonal_width(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.hf_import import read_hugging_face
 from megatron_jam.weights.huggingface import model_config
 from megatron_jam.weights.reference import reference_logits
+from megatron_jam.weights.stream import INDEX
 from tests.helpers.commands import fails, tool
 from tests.helpers.pico import pico_source, pico_vocabulary
 from tests.helpers.pool import WorkerPool
@@ -136,6 +137,47 @@ def test_a_missing_setting_is_named(name: str, missing: str) -> None:
         model_config(settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "due"),
+    [
+        ("opt", "activation_function", ["relu"], "text"),
+        ("opt", "model_type", ["opt"], "text"),
+        ("opt", "hidden_size", None, "a whole number"),
+        ("opt", "num_hidden_layers", "3", "a whole number"),
+        ("opt", "ffn_dim", 160.0, "a whole number"),
+        ("opt", "enable_bias", None, "true or false"),
+        ("opt", "do_layer_norm_before", "false", "true or false"),
+        ("opt", "tie_word_embeddings", 1, "true or false"),
+        ("llama", "num_attention_heads", "4", "a whole number"),
+        ("llama", "hidden_size", [64], "a whole number"),
+        ("llama", "num_key_value_heads", {}, "a whole number"),
+        ("llama", "rms_norm_eps", "1e-6", "a number"),
+        ("llama", "rope_parameters", "default", "a list of `name: value`"),
+        ("llama", "rope_scaling", [1], "a list of `name: value`"),
+        ("llama", "rope_theta", "much", "a number"),
+        ("llama", "attention_bias", [], "true or false"),
+    ],
+)
+def test_a_setting_of_another_type_is_named(
+    name: str, setting: str, value: object, due: str
+) -> None:
+    _, settings = make(name)
+    older = {"rope_parameters": None}  # says it in other places
+    changed = {**settings, **older, setting: value}
+    with pytest.raises(UsageError) as caught:
+        model_config(changed, Path("hf/config.json"))
+    assert str(caught.value) == f"hf/config.json: {setting} is {value!r}; it must be {due}"
+
+
+def test_null_is_none_and_no_heads_are_refused() -> None:
+    _, settings = make("llama")
+    due = model_config(settings)
+    nulls = dict.fromkeys(["head_dim", "num_key_value_heads", "mlp_bias", "rope_scaling"])
+    assert model_config({**settings, **nulls}) == due
+    with pytest.raises(UsageError, match="num_heads is 0"):
+        model_config({**settings, "num_attention_heads": 0, "head_dim": None})
+
+
 def test_biases_in_attention_alone_are_refused() -> None:
     """Older files do not say `mlp_bias` at all."""
     _, settings = make("llama")
@@ -164,6 +206,9 @@ def test_padding_goes_and_the_certificate_stays(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     done = tool("convert_hf", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    told = "opt: its last 6 of 328 token rows are beyond the tokenizer's 322 ids and are left out"
+    for each in (planned, done):
+        assert told in each.stderr
     folder = WeightsFolder(tmp_path / "out")
     assert folder.config.vocab_size == pico_vocabulary().size
     assert folder.provenance["certificate"]["largest_difference"] == 0
@@ -180,6 +225,8 @@ def test_padding_goes_and_the_certificate_stays(tmp_path: Path) -> None:
         ("dtype", "is I64, quantised or no weight"),
         ("damaged", "is damaged"),
         ("none", "has neither model.safetensors nor"),
+        ("index", "index.json is damaged: its weight_map does not give each tensor's file"),
+        ("setting", "opt/config.json: activation_function is .'relu'.; it must be text"),
         ("tokenizer", "has 1,000 token rows, but the tokenizer has 322 ids"),
     ],
 )
@@ -200,6 +247,12 @@ def test_what_does_not_fit_is_named(spoil: str, message: str, tmp_path: Path) ->
         path.write_bytes(path.read_bytes()[:-1000])
     elif spoil == "none":
         path.unlink()
+    elif spoil == "index":
+        (source / INDEX).write_text('{"weight_map": null}')
+    elif spoil == "setting":
+        settings = json.loads((source / "config.json").read_text())
+        settings["activation_function"] = ["relu"]
+        (source / "config.json").write_text(json.dumps(settings))
     arguments = ("import", "opt", "out", "--tokenizer", str(pico_source(tmp_path)))
     fails(tool("convert_hf", *arguments, cwd=tmp_path), message)
     assert not (tmp_path / "out").exists()
