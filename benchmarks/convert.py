@@ -8,9 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from benchmarks.timing import row
 from megatron_jam.config.cli import run_command
@@ -25,27 +28,37 @@ PAUSE_SECONDS = 0.01
 
 
 def main(
-    *, gigabytes: float = 4.0, pairs: int = 1, folder: Path | None = None, json: bool = False
+    *,
+    gigabytes: float = 1.5,
+    parts: int = 8,
+    shards: int = 4,
+    pairs: int = 1,
+    folder: Path | None = None,
+    json: bool = False,
 ) -> None:
-    """Convert a CM3leon-style checkpoint in fp16 and report what it took.
+    """Convert a CM3leon-style checkpoint in fp16, one file and then many, and report what it took.
 
     Args:
         gigabytes: size of the checkpoint, in 1e9 bytes.
-        pairs: how often it is converted.
-        folder: where it is made and removed again; else the system's temporary folder.
+        parts: tensor-parallel parts of the second one.
+        shards: FSDP shards of each of its parts.
+        pairs: how often each is converted.
+        folder: where they are made and removed again; else the system's temporary folder.
         json: one line of JSON a row (name, ratio, spread) in place of text.
     """
-    memory = []
-    with tempfile.TemporaryDirectory(dir=folder) as root:
-        allowed = 3 * make(Path(root), gigabytes * 1e9) + ALLOWED
-        arguments = ("--input", f"{root}/in", "--tokenizer", f"{root}/tokenizer")
-        idle = watch("--help")
-        for _ in range(pairs):
-            memory.append((watch(*arguments, "--output", f"{root}/out") - idle) / allowed)
-    row(f"peak memory over the allowed ({gigabytes:g} GB)", memory).print(as_json=json)
+    idle = watch("--help")
+    for number, each, form in ((1, 0, "one file"), (parts, shards, f"{parts} x {shards} files")):
+        memory = []
+        with tempfile.TemporaryDirectory(dir=folder) as root:
+            largest = make(Path(root), gigabytes * 1e9, parts=number, shards=each)
+            arguments = ("--input", f"{root}/in", "--tokenizer", f"{root}/tokenizer")
+            for _ in range(pairs):
+                peak = watch(*arguments, "--output", f"{root}/out") - idle
+                memory.append(peak / (3 * largest + ALLOWED))
+        row(f"peak memory over the allowed ({gigabytes:g} GB, {form})", memory).print(as_json=json)
 
 
-def make(root: Path, num_bytes: float) -> int:
+def make(root: Path, num_bytes: float, *, parts: int, shards: int) -> int:
     """Write a checkpoint of about `num_bytes` and its tokenizer; return its largest tensor's."""
     tokenizer = root / "tokenizer"
     tokenizer.mkdir()
@@ -57,26 +70,51 @@ def make(root: Path, num_bytes: float) -> int:
     def draw(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * 0.02).half()
 
-    d = WIDTH
-    layer = {
-        "self_attn.qkv_proj.weight": draw(3 * d, d),
-        "self_attn.out_proj.weight": draw(d, d),
-        "fc1.weight": draw(4 * d, d),
-        "fc2.weight": draw(d, 4 * d),
-    }
-    tensors = {
-        "decoder.embed_tokens.weight": draw(vocabulary.size, d),
-        "decoder.embed_positions.weight": draw(POSITIONS + 2, d),
-    }
-    outside = sum(t.nbytes for t in tensors.values())
-    count = max(1, round((num_bytes - outside) / sum(t.nbytes for t in layer.values())))
-    for number in range(count):
-        for name, tensor in layer.items():
-            tensors[f"decoder.layers.{number}.{name}"] = tensor.clone()  # each lies apart on disk
+    d, rows = WIDTH, -(-vocabulary.size // parts)
+    positions = draw(POSITIONS + 2, d)  # the one table that all parts share
+    count = round((num_bytes - (rows * parts * d + positions.numel()) * 2) / (12 * d * d * 2))
     settings = {"decoder_attention_heads": HEADS, "activation_fn": "relu"}
     (root / "in").mkdir()
-    torch.save({"cfg": {"model": settings}, "model": tensors}, root / "in" / "reshard.pt")
-    return max(tensor.nbytes for tensor in tensors.values())
+    for part in range(parts):
+        layer = {
+            "self_attn.qkv_proj.weight": draw(3 * d // parts, d),
+            "self_attn.out_proj.weight": draw(d, d // parts),
+            "fc1.weight": draw(4 * d // parts, d),
+            "fc2.weight": draw(d, 4 * d // parts),
+        }
+        rooms = {"decoder": {"embed_tokens.weight": draw(rows, d)}}
+        rooms["decoder"]["embed_positions.weight"] = positions
+        for number in range(max(1, count)):
+            # Each lies apart on disk.
+            rooms[f"decoder.layers.{number}"] = {k: v.clone() for k, v in layer.items()}
+        mark = f"-model_part-{part}" if parts > 1 else ""
+        for rank, values in enumerate(files(rooms, shards)):
+            name = f"reshard{mark}" + (f"-shard{rank}" if shards else "") + ".pt"
+            torch.save({"cfg": {"model": settings}, **values}, root / "in" / name)
+    return max(vocabulary.size, 4 * d) * d * 2
+
+
+def files(rooms: Mapping[str, Mapping[str, torch.Tensor]], shards: int) -> list[dict[str, Any]]:
+    """What the files of a part hold: one with every tensor, or FSDP shards of a flat vector a
+    room."""
+    if not shards:
+        return [{"model": {f"{r}.{k}": v for r, held in rooms.items() for k, v in held.items()}}]
+    found: list[dict[str, Any]] = [{"model": {}} for _ in range(shards)]
+    for values in found:
+        values["shard_metadata"] = {"param_metadata": [], "buffer_names": []}
+    for room, held in rooms.items():
+        flat = torch.cat([tensor.reshape(-1) for tensor in held.values()])
+        size = -(-len(flat) // shards)
+        for rank, values in enumerate(found):
+            chunk = flat[rank * size : (rank + 1) * size]
+            padding = size - len(chunk)
+            values["model"][f"{room}.flat_param_0"] = F.pad(chunk, (0, padding)).clone()
+            names = {"names": list(held), "shapes": [tensor.shape for tensor in held.values()]}
+            numels = [tensor.numel() for tensor in held.values()]
+            entry = {"flat_param_0": {**names, "numels": numels, "padding": padding}}
+            metadata = values["shard_metadata"]["param_metadata"]
+            metadata.append({"fsdp_path": room, "params": entry, "shared_param_info": []})
+    return found
 
 
 def watch(*arguments: str) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_jam import __version__
@@ -18,7 +19,7 @@ from megatron_jam.models.parameters import Parameter, parameter_table
 from megatron_jam.weights.certificate import certify
 from megatron_jam.weights.folder import FolderWriter
 from megatron_jam.weights.ids import Ids
-from megatron_jam.weights.lazy import Lazy, rows
+from megatron_jam.weights.lazy import Lazy, read_as, rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Conversion:
                 writer.write(name, self._whole(table[name]))
             certificate = certify(
                 self.config,
-                lambda name: self.tensors[name].read(),
+                lambda name: read_as(self.tensors[name], torch.float32),
                 writer.read_back,
                 order=self.ids.order,
             )

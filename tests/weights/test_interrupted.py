@@ -50,7 +50,7 @@ def conversion(source: str, before: Callable[[int], None] = lambda _: None) -> C
             before(next(calls))
             return lazy.read()
 
-        return dataclasses.replace(lazy, read=act)
+        return dataclasses.replace(lazy, read=act, cut=None)
 
     tensors = {name: watched(lazy) for name, lazy in read.tensors.items()}
     return dataclasses.replace(read, tensors=tensors)

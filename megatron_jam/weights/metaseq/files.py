@@ -35,7 +35,11 @@ def find_parts(source: str) -> list[list[Path]]:
 
 def _files(source: str) -> list[tuple[Path, re.Match[str]]]:
     path = Path(source)
-    found = sorted(path.glob("*.pt")) if path.is_dir() else map(Path, sorted(glob.glob(source)))
+    if path.is_dir():
+        found = sorted(path.glob("*.pt"))
+    else:
+        # A file's own name may look like a pattern.
+        found = [path] if path.exists() else [Path(each) for each in sorted(glob.glob(source))]
     by_stem = defaultdict(list)
     for each in found:
         if match := _NAME.fullmatch(each.name):
@@ -43,9 +47,10 @@ def _files(source: str) -> list[tuple[Path, re.Match[str]]]:
     if not by_stem:
         raise UsageError(f"{source}: no checkpoint (*.pt) there")
     if len(by_stem) > 1:
+        folder = glob.escape(str(path)) if path.is_dir() else str(path.parent)
         raise UsageError(
             f"{source} holds several checkpoints ({', '.join(sorted(by_stem))}): name one, as"
-            f" '{(path if path.is_dir() else path.parent) / min(by_stem)}*.pt'"
+            f" '{Path(folder) / glob.escape(min(by_stem))}*.pt'"
         )
     (files,) = by_stem.values()
     return files

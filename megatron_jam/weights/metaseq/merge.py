@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.weights.lazy import Lazy, joined, rows
+from megatron_jam.weights.lazy import Lazy, empty, joined, rows, same
 from megatron_jam.weights.metaseq.pickles import TorchFile, plain
 
 _ROWS = re.compile(
@@ -50,6 +50,7 @@ def read_parts(parts: Sequence[Sequence[Path]]) -> tuple[dict[str, Any], list[Wh
     for file in (file for shards in read for file in shards):
         if not isinstance(file.values, dict) or not isinstance(file.values.get("model"), dict):
             raise UsageError(f"{file.path} holds no `model`: it is no checkpoint of metaseq")
+        _check_model(file.path, file.values["model"])
     first = read[0][0]
     for file in (file for shards in read for file in shards):
         if (own := _updates(file)) != (other := _updates(first)):
@@ -57,10 +58,7 @@ def read_parts(parts: Sequence[Sequence[Path]]) -> tuple[dict[str, Any], list[Wh
                 f"{first.path} was saved after {other} updates and {file.path} after {own}: they"
                 " are not of one checkpoint"
             )
-    try:
-        settings = plain(first.values.get("cfg") or {"model": first.values.get("args") or {}})
-    except RecursionError:
-        raise UsageError(f"{first.path}: its settings are nested without end") from None
+    settings = _settings(first)
     tensors = [_whole_part(shards) for shards in read]
     for shards, held in zip(read, tensors, strict=True):
         if held.keys() != tensors[0].keys():
@@ -73,11 +71,37 @@ def read_parts(parts: Sequence[Sequence[Path]]) -> tuple[dict[str, Any], list[Wh
     return settings, wholes
 
 
-def _updates(file: TorchFile) -> Any:
+def _check_model(path: Path, model: Mapping[Any, Any]) -> None:
+    """Raise UsageError if `model` holds anything but tensors by name."""
+    for key, value in model.items():
+        if not isinstance(key, str):
+            raise UsageError(f"{path}: `model` has the key {key!r}, no name: save it without that")
+        if not isinstance(value, Lazy):
+            what = type(value).__name__
+            raise UsageError(f"{path}: {key} is a {what}, no tensor: save it without that")
+        if not value.shape:
+            raise UsageError(f"{path}: {key} is one number, which no weight is: copy it again")
+
+
+def _settings(file: TorchFile) -> dict[str, Any]:
+    try:
+        found = plain(file.values.get("cfg") or {"model": file.values.get("args") or {}})
+    except (RecursionError, ValueError):
+        raise UsageError(f"{file.path}: its settings are nested without end") from None
+    if not isinstance(found, dict) or not isinstance(found.get("model") or {}, dict):
+        raise UsageError(
+            f"{file.path}: its settings (cfg, and model in it) are no values by name: take the file"
+            " as metaseq saved it"
+        )
+    return found
+
+
+def _updates(file: TorchFile) -> int | None:
     """How many optimizer steps a file was saved after, if it says so."""
     history = file.values.get("optimizer_history")
     last = history[-1] if isinstance(history, list) and history else None
-    return last.get("num_updates") if isinstance(last, dict) else None
+    number = last.get("num_updates") if isinstance(last, dict) else None
+    return number if isinstance(number, int) else None
 
 
 def _whole_part(shards: Sequence[TorchFile]) -> dict[str, Lazy]:
@@ -98,7 +122,10 @@ def _part(shards: Sequence[TorchFile]) -> dict[str, Lazy]:
     if not all(is_flat):
         if len(shards) > 1:
             raise UsageError(f"{shards[is_flat.index(False)].path} has no shard_metadata")
-        return {k: v for k, v in shards[0].values["model"].items() if isinstance(v, Lazy)}
+        return dict(shards[0].values["model"])
+    for file in shards:
+        if other := sorted(file.values["model"].keys() ^ shards[0].values["model"].keys()):
+            raise UsageError(f"{shards[0].path} and {file.path} differ in having {other[0]}")
     tensors: dict[str, Lazy] = {}
     flat: set[str] = set()
     for number, entry in enumerate(shards[0].values["shard_metadata"]["param_metadata"]):
@@ -107,9 +134,10 @@ def _part(shards: Sequence[TorchFile]) -> dict[str, Lazy]:
             key = _under(path, flat_name)
             flat.add(key)
             pieces = [_piece(file, number, flat_name, key) for file in shards]
+            _check_alike(key, pieces, [str(file.path) for file in shards], 0)
             tensors |= _unflatten(shards[0].path, path, held, pieces)
     buffers = shards[0].values["model"]
-    tensors |= {k: v for k, v in buffers.items() if isinstance(v, Lazy) and k not in flat}
+    tensors |= {key: tensor for key, tensor in buffers.items() if key not in flat}
     for entry in shards[0].values["shard_metadata"]["param_metadata"]:
         for kept, copy in entry.get("shared_param_info") or ():
             tensors[str(copy)] = tensors[str(kept)]
@@ -145,15 +173,18 @@ def _unflatten(
     starts = [0, *accumulate(numels)]
     tensors = {}
     for name, shape, start, count in zip(
-        held["names"], held["shapes"], starts, numels, strict=False
+        held["names"], held["shapes"], starts[:-1], numels, strict=True
     ):
         shape = tuple(map(int, shape))
-        if math.prod(shape) != count:
-            raise UsageError(f"{path}: {name} has shape {shape}, but {count} numbers")
+        if math.prod(shape) != count or not shape:
+            raise UsageError(
+                f"{path}: {name} has shape {shape}, but {count} numbers: copy it again"
+            )
         tensors[_under(room, str(name))] = Lazy(
             shape=shape,
             dtype=pieces[0].dtype,
             read=partial(_stretch, pieces, start, start + count, shape),
+            cut=partial(_stretch_rows, pieces, start, shape),
         )
     return tensors
 
@@ -164,9 +195,20 @@ def _stretch(pieces: Sequence[Lazy], start: int, stop: int, shape: tuple[int, ..
     for piece in pieces:
         low, high = max(start - offset, 0), min(stop - offset, piece.shape[0])
         if low < high:
-            found.append(piece.read()[low:high])
+            found.append(rows(piece, low, high).read())
         offset += piece.shape[0]
-    return (found[0] if len(found) == 1 else torch.cat(found)).view(shape)
+    if len(found) == 1:
+        return found[0].view(shape)
+    return torch.cat(found, out=empty((stop - start,), found[0].dtype)).view(shape)
+
+
+def _stretch_rows(
+    pieces: Sequence[Lazy], offset: int, shape: tuple[int, ...], start: int, stop: int
+) -> Tensor:
+    """Rows start .. stop - 1 of what begins at number `offset` of several pieces in a row."""
+    row = math.prod(shape[1:])
+    own = (stop - start, *shape[1:])
+    return _stretch(pieces, offset + start * row, offset + stop * row, own)
 
 
 def _merge(key: str, parts: Sequence[Lazy], names: Sequence[str]) -> list[Whole]:
@@ -175,6 +217,8 @@ def _merge(key: str, parts: Sequence[Lazy], names: Sequence[str]) -> list[Whole]
     joins = 0 if _ROWS.fullmatch(key) or _PACKED.fullmatch(key) else None
     _check_alike(key, parts, names, 1 if _COLUMNS.fullmatch(key) else joins)
     if packed := _PACKED.fullmatch(key):
+        if any(part.shape[0] % 3 for part in parts):
+            raise UsageError(f"{names[0]} holds {key} as {_form(parts[0])}: its rows are no thirds")
         # Each part stacks its own rows of k, v and q, in this order.
         return [
             Whole(
@@ -189,24 +233,34 @@ def _merge(key: str, parts: Sequence[Lazy], names: Sequence[str]) -> list[Whole]
         if count > 1 and names_of.fullmatch(key):
             action, tensor = f"join {what} of {count} parts", joined(parts, dim)
             return [Whole(key=key, source=key, action=action, tensor=tensor)]
-    copied = Lazy(
-        shape=parts[0].shape,
-        dtype=parts[0].dtype,
-        read=partial(_same, key, parts, names),
-    )
+    copied = parts[0]
+    if count > 1:
+        read = partial(_shared, key, parts, names)
+        copied = Lazy(shape=copied.shape, dtype=copied.dtype, read=read)
     return [Whole(key=key, source=key, action="copy", tensor=copied)]
 
 
 def _check_alike(key: str, parts: Sequence[Lazy], names: Sequence[str], joins: int | None) -> None:
-    """Raise UsageError unless parts have one shape, but for the dimension along which they join."""
+    """Raise UsageError unless parts have one dtype and one shape, but for the dimension along which
+    they join."""
+    first = parts[0]
+    if joins is not None and len(first.shape) <= joins:
+        raise UsageError(
+            f"{names[0]} holds {key} as {list(first.shape)}, of too few dimensions: it is no weight"
+            " of metaseq, or is damaged"
+        )
     for part, name in zip(parts, names, strict=True):
-        pairs = list(enumerate(zip(part.shape, parts[0].shape, strict=False)))
+        pairs = list(enumerate(zip(part.shape, first.shape, strict=False)))
         alike = all(a == b for dim, (a, b) in pairs if dim != joins)
-        if len(part.shape) != len(parts[0].shape) or not alike:
+        if len(part.shape) != len(first.shape) or part.dtype != first.dtype or not alike:
             raise UsageError(
-                f"{names[0]} and {name} hold {key} as {list(parts[0].shape)} and"
-                f" {list(part.shape)}: they are not parts of one checkpoint"
+                f"{names[0]} and {name} hold {key} as {_form(first)} and {_form(part)}: they are"
+                " not parts of one checkpoint"
             )
+
+
+def _form(of: Lazy) -> str:
+    return f"{str(of.dtype).removeprefix('torch.')} {list(of.shape)}"
 
 
 def _third(packed: Lazy, place: int) -> Lazy:
@@ -214,10 +268,9 @@ def _third(packed: Lazy, place: int) -> Lazy:
     return rows(packed, place * third, (place + 1) * third)
 
 
-def _same(key: str, parts: Sequence[Lazy], names: Sequence[str]) -> Tensor:
+def _shared(key: str, parts: Sequence[Lazy], names: Sequence[str]) -> Tensor:
     """The tensor that all parts hold alike; UsageError if they do not."""
-    first = parts[0].read()
     for part, name in zip(parts[1:], names[1:], strict=True):
-        if not torch.equal(first, part.read()):
+        if not same(parts[0], part):
             raise UsageError(f"{names[0]} and {name} differ in {key}, which all parts share")
-    return first
+    return parts[0].read()

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.model import IMAGE, MAIN, TEXT, BridgeConfig, ModelConfig, TowerConfig
-from megatron_jam.weights.lazy import Lazy
+from megatron_jam.weights.lazy import Lazy, rows, same
 
 OFFSET = 2
 """Rows of its position tables that no token has."""
@@ -40,7 +40,7 @@ _OUTSIDE = {
     "decoder.feature_projection.weight": "head.projection.weight",
     "decoder.output_projection.weight": "head.output.weight",
 }
-_OUTPUT = "decoder.output_projection.weight"
+_TOKENS, _OUTPUT = "decoder.embed_tokens.weight", "decoder.output_projection.weight"
 
 _REFUSED_KEYS = {
     "decoder.project_in_dim.weight": "embeddings of another width (OPT-350M)",
@@ -72,6 +72,7 @@ def model_config(
     vocab_size: int,
     num_heads: int = 0,
     activation: str = "",
+    every: int = 0,
 ) -> ModelConfig:
     """The model of a checkpoint: sizes by its tensors, the rest by its settings.
 
@@ -81,12 +82,12 @@ def model_config(
         vocab_size: ids of the tokenizer; further rows are padding.
         num_heads: in place of the settings'; 0 takes theirs.
         activation: likewise; "" takes theirs.
+        every: after each how many layers bridges stand; 0 takes it from how many there are.
 
     Raises:
         UsageError: towers here cannot compute such a model, or the settings say too little.
     """
     known = settings.get("model") or {}
-    known = known if isinstance(known, dict) else {}
     _check_supported(known, tensors)
     numbers: dict[str | None, set[int]] = {}
     bridges: set[int] = set()
@@ -101,22 +102,20 @@ def model_config(
         if found != set(range(len(found))):
             missing = min(set(range(max(found))) - found)
             raise UsageError(f"layer {missing} of {tower or 'the decoder'} is missing")
-    heads = num_heads or known.get("decoder_attention_heads") or 0
-    if not heads:
-        raise UsageError("the checkpoint does not say how many heads it has: add --num_heads")
-    form = activation or known.get("activation_fn") or ""
+    heads = num_heads or _said(known, "decoder_attention_heads", int, "num_heads")
+    form = activation or _said(known, "activation_fn", str, "activation")
     positions = _positions(tensors).shape[0] - OFFSET
     towers = {
-        _TOWERS.get(tower or "", MAIN): _tower(tensors, tower, len(found), int(heads), form)
+        _TOWERS.get(tower or "", MAIN): _tower(tensors, tower, len(found), heads, form)
         for tower, found in numbers.items()
     }
-    every = _every(max(map(len, numbers.values())), len(bridges))
+    every = _every(max(map(len, numbers.values())), len(bridges), every)
     return ModelConfig(
         towers={name: towers[name] for name in (MAIN, IMAGE, TEXT) if name in towers},
         vocab_size=vocab_size,
         max_positions=positions,
         position_offset=OFFSET,
-        tied=known.get("share_decoder_input_output_embed") is not False,
+        tied=_is_tied(known, tensors, vocab_size),
         bridges=BridgeConfig(every=every) if IMAGE in towers else BridgeConfig(),
     )
 
@@ -129,6 +128,27 @@ def _check_supported(known: Mapping[str, Any], tensors: Mapping[str, Lazy]) -> N
         said = known.get(name)
         if said is not None and said != value:
             raise UsageError(f"towers here have no {what}: its settings say {name}: {said}")
+
+
+def _said(known: Mapping[str, Any], name: str, kind: type, option: str) -> Any:
+    """A setting of the checkpoint that an option can give in its place."""
+    found = known.get(name)
+    if not found:
+        raise UsageError(f"the checkpoint's settings do not say {name}: add --{option}")
+    if type(found) is not kind:
+        raise UsageError(f"the checkpoint's settings say {name}: {found!r}: add --{option}")
+    return found
+
+
+def _is_tied(known: Mapping[str, Any], tensors: Mapping[str, Lazy], vocab_size: int) -> bool:
+    """Whether the token table gives the logits: as its settings say, else if no other rows do."""
+    said = known.get("share_decoder_input_output_embed")
+    if said is not None:
+        return bool(said)
+    tables = [tensors[key] for key in (_TOKENS, _OUTPUT) if key in tensors]
+    # Rows of padding are dropped, and may be anything.
+    tables = [rows(each, 0, min(each.shape[0], vocab_size)) for each in tables]
+    return len(tables) < 2 or same(*tables)
 
 
 def _positions(tensors: Mapping[str, Lazy]) -> Lazy:
@@ -148,9 +168,11 @@ def _tower(
     is_gated = f"{room}.activation_fn.gate.weight" in tensors
     forms = _GATED_FORMS if is_gated else _FORMS
     if form not in forms:
+        raise UsageError(f"the checkpoint's activation is {form}; known are {sorted(forms)}")
+    if len(fc1.shape) != 2:
         raise UsageError(
-            f"the checkpoint's activation is {form or 'not said'}; "
-            + (f"known are {sorted(forms)}" if form else "add --activation")
+            f"{room}.fc1.weight has shape {list(fc1.shape)}, but a matrix is due: is this a"
+            " checkpoint of metaseq?"
         )
     inner, width = fc1.shape
     return TowerConfig(
@@ -165,14 +187,19 @@ def _tower(
     )
 
 
-def _every(layers: int, bridges: int) -> int:
-    """After which layers bridges stand, from how many there are."""
-    if bridges == 0:
+def _every(layers: int, bridges: int, said: int) -> int:
+    """After each how many layers a bridge stands: as is said, or the only number that fits."""
+    if not bridges and not said:
         return 0
-    fitting = [every for every in range(1, layers + 1) if math.ceil(layers / every) == bridges]
+    fitting = [n for n in range(1, layers + 1) if math.ceil(layers / n) == bridges]
+    there = f"the checkpoint has {bridges} bridges a direction and {layers} layers"
     if not fitting:
-        raise UsageError(f"{bridges} bridges a direction do not fit {layers} layers")
-    return fitting[0]
+        raise UsageError(f"{there}, which do not fit" + (": leave --every out" if said else ""))
+    if said and said not in fitting:
+        raise UsageError(f"{there}: --every {said} does not fit, but {fitting} do")
+    if not said and len(fitting) > 1:
+        raise UsageError(f"{there}: say after each how many one stands, --every of {fitting}")
+    return said or fitting[0]
 
 
 def why_dropped(key: str, config: ModelConfig) -> str:

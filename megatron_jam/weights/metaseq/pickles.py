@@ -10,6 +10,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ from megatron_jam.config.errors import UsageError
 from megatron_jam.weights.lazy import Lazy
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_MOST_SETTINGS = 1_000_000
 _LOCAL_HEADER, _LOCAL_HEADER_BYTES = b"PK\x03\x04", 30
 
 _STORAGES = {
@@ -108,7 +110,8 @@ class _Storage:
         self.offset: int | None = None
 
 
-class _Reader(pickle.Unpickler):
+# Python's own, not C's: that one reserves as much memory as the highest number of a memo asks for.
+class _Reader(pickle._Unpickler):
     def __init__(self, file: IO[bytes], owner: "TorchFile") -> None:
         super().__init__(file, encoding="latin1")
         self._owner = owner
@@ -186,6 +189,9 @@ class TorchFile:
             shape=shape,
             dtype=storage.dtype,
             read=lambda: self._view(storage, offset, shape, stride),
+            cut=lambda start, stop: self._view(
+                storage, offset + start * stride[0], (stop - start, *shape[1:]), stride
+            ),
         )
 
     def _view(self, storage: _Storage, offset: int, shape: Any, stride: Any) -> Tensor:
@@ -193,16 +199,16 @@ class TorchFile:
             self._map = torch.from_file(
                 str(self.path), shared=False, size=self._bytes, dtype=torch.uint8
             )
-        start = storage.offset
-        assert start is not None
-        raw = self._map[start : start + storage.size * storage.dtype.itemsize]
-        if start % storage.dtype.itemsize:
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=storage.dtype)
+        assert storage.offset is not None
+        size = storage.dtype.itemsize
+        reach = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        start = storage.offset + offset * size
+        raw = self._map[start : start + reach * size]
+        if start % size:
             raw = raw.clone()  # not aligned, as in files of before 2020
-        return (
-            raw.view(storage.dtype)[offset:].as_strided(shape, stride)
-            if raw.numel()
-            else (torch.empty(shape, dtype=storage.dtype))
-        )
+        return raw.view(storage.dtype).as_strided(shape, stride)
 
     def _read_zip(self) -> Any:
         with zipfile.ZipFile(self.path) as archive:
@@ -212,7 +218,7 @@ class TorchFile:
             if order in archive.namelist() and archive.read(order) != b"little":
                 raise ValueError("it was written on a big-endian machine")
             with archive.open(pickled) as file:
-                values = _Reader(file, self).load()  # type: ignore[arg-type]
+                values = _Reader(file, self).load()
             with self.path.open("rb") as raw:
                 for key, storage in self._storages.items():
                     info = archive.getinfo(f"{root}data/{key}")
@@ -251,17 +257,29 @@ class TorchFile:
 
 
 def plain(value: Any) -> Any:
-    """Settings as dictionaries, lists, strings and numbers, whatever class held them."""
+    """Settings as dictionaries, lists, strings and numbers, whatever class held them.
+
+    Raises:
+        ValueError: they are more than 1,000,000, where one that stands in several places counts in
+            each.
+        RecursionError: one holds itself.
+    """
+    return _plain(value, iter(range(_MOST_SETTINGS)))
+
+
+def _plain(value: Any, left: Iterator[int]) -> Any:
+    if next(left, None) is None:
+        raise ValueError("too many settings")
     if isinstance(value, dict):
-        return {str(plain(name)): plain(each) for name, each in value.items()}
+        return {str(_plain(name, left)): _plain(each, left) for name, each in value.items()}
     if isinstance(value, list | tuple | set):
-        return [plain(each) for each in value]
+        return [_plain(each, left) for each in value]
     if isinstance(value, _Enum):
-        return plain(value.made_of[0]) if value.made_of else None
+        return _plain(value.made_of[0], left) if value.made_of else None
     if isinstance(value, _Namespace):
         kept = {k: v for k, v in vars(value).items() if k not in ("made_of", "named")}
-        return plain(kept)
+        return _plain(kept, left)
     if isinstance(value, Inert):
         # omegaconf's containers keep `_content`, its leaves `_val`.
-        return plain(vars(value).get("_content", vars(value).get("_val")))
+        return _plain(vars(value).get("_content", vars(value).get("_val")), left)
     return value
