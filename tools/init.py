@@ -6,7 +6,7 @@ import torch
 
 from megatron_jam.config.cli import run_command
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import read_settings
+from megatron_jam.config.files import check_not_read, read_settings
 from megatron_jam.config.log import logger
 from megatron_jam.config.model import ModelConfig
 from megatron_jam.models.parameters import num_parameters, parameter_table
@@ -24,6 +24,7 @@ def main(config: Path, tokenizer: Path, output: Path, *, seed: int = 0) -> None:
         output: weights folder to write.
         seed: of the weights.
     """
+    check_not_read(output, tokenizer)
     values = read_settings(config)
     vocabulary = JointVocabulary.load(tokenizer / VOCABULARY)
     values.setdefault("vocab_size", vocabulary.size)

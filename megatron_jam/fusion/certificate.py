@@ -58,13 +58,14 @@ def certify_fusion(
         tensor = child.read(entry.name)
         if tensor_sha256(tensor) != child.hashes[entry.name]:
             raise UsageError(
-                f"{entry.name} of a parent has not the sha256 of its provenance.json: look for what"
-                " changed with tools/verify.py; nothing was written"
+                f"{entry.name} of the child has not the sha256 that was recorded: run"
+                f" tools/verify.py on {_paths(parents)}, else look at the disk; nothing was written"
             )
         error = _error(tensor, lambda rows, e=entry: expected.rows(e, rows))
         if np.isnan(error):
             raise UsageError(
-                f"{entry.name} of a parent has numbers that are not finite: nothing was written"
+                f"what {entry.name} of the child is made of is not finite in one of"
+                f" {_paths(parents)}: nothing was written"
             )
         if not error <= _MOST:
             raise UsageError(
@@ -77,6 +78,10 @@ def certify_fusion(
         report[f"distance_to_{tower}"] = _distance(child, parents[tower], expected.ids[tower])
     prompts = _prompts(np.arange(child.config.vocab_size), child.config.max_positions)
     return {**report, **_both_ways(child, prompts, model_logits)}
+
+
+def _paths(parents: Mapping[str, WeightsFolder]) -> str:
+    return ", ".join(str(folder.path) for folder in parents.values())
 
 
 def read_plan(path: Path) -> dict[str, list]:

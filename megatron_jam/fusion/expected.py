@@ -139,7 +139,7 @@ class Expected:
         behind = places >= 0
         if child.max_positions > count:
             if method == "extend(interpolate)":
-                places[behind] *= (count - 1) / (child.max_positions - 1)
+                places[behind] = places[behind] * (count - 1) / (child.max_positions - 1)
             elif method == "extend(repeat)":
                 places[behind] %= count
         low = np.floor(places)
@@ -148,7 +148,11 @@ class Expected:
         first = np.where(exists, low + mine.position_offset, 0).astype(np.int64)
         second = np.minimum(first + 1, len(table) - 1)
         values = _take(table, first) * (1 - part) + _take(table, second) * part
-        return np.where(exists[:, None], values, 0)
+        values = np.where(exists[:, None], values, 0)
+        if self._recipe.method != "uniform":
+            return values
+        # What is averaged are rows of the parent's dtype.
+        return torch.from_numpy(values).to(self._parents[tower].dtype).double().numpy()
 
 
 def _take(table: torch.Tensor, rows: Rows) -> Values:

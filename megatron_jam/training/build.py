@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import check_not_read
 from megatron_jam.config.run import RunConfig
 from megatron_jam.data.indexed import read_info
 from megatron_jam.data.loader import image_tokenizer_of
@@ -20,6 +21,7 @@ from megatron_jam.weights.load import load_weights
 
 def check_run(config: RunConfig, folder: WeightsFolder, world: World) -> None:
     """Raise UsageError unless settings, weights, tokenizers and data fit each other."""
+    check_not_read(config.output / "weights", folder.path)
     model = folder.config
     if config.context_length > model.max_positions:
         raise UsageError(

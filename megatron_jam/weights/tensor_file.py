@@ -137,7 +137,9 @@ def read_index(path: Path) -> dict[str, str]:
     """
     found = read_json(path).get("weight_map")
     files = list(found.values()) if isinstance(found, dict) else []
-    if not files or not all(isinstance(each, str) for each in files):
-        raise UsageError(f"{path} is damaged: its weight_map does not give each tensor's file")
+    if not files or not all(isinstance(each, str) and Path(each).name == each for each in files):
+        raise UsageError(
+            f"{path} is damaged: its weight_map does not give each tensor's file in its folder"
+        )
     assert isinstance(found, dict)
     return found

@@ -40,6 +40,8 @@ def verify(path: Path) -> int:
     _check_index(folder)
     _check_small_files(folder)
     dtype = folder.provenance.get(DTYPE, _name(folder.dtype))
+    if unknown := sorted(set(folder.hashes) - set(folder.names)):
+        raise UsageError(f"{path} lacks {unknown[0]}, whose sha256 {PROVENANCE} has: {_AGAIN}")
     for name in folder.names:
         tensor, due = folder.read(name), folder.hashes[name]
         if _name(tensor.dtype) != dtype:

@@ -74,6 +74,20 @@ def test_the_shorter_table_grows(
         assert torch.equal(found, due)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", ["uniform", "width"])
+def test_rows_between_others_are_rounded_to_the_parents_dtype(
+    method: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """And then averaged; the certificate, which each fusion ends with, knows that."""
+    paths = {
+        name: pico_folder(tmp_path / name, model(count), seed=count, dtype=dtype)
+        for name, count in (("text", SHORT + 9), ("image", LONG))
+    }
+    made = child(paths, tmp_path / "child", method=method, positions="extend(interpolate)")
+    assert made.provenance["certificate"]["largest_error_in_ulp"] < 0.501
+
+
 @pytest.mark.parametrize("method", ["uniform", "cross"])
 @pytest.mark.parametrize(("named", "count"), [("image", LONG), ("llm", SHORT)])
 def test_one_parents_table(

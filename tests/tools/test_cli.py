@@ -98,6 +98,15 @@ def test_init_takes_text_ids_from_the_vocabulary(home: Path, tmp_path: Path) -> 
         WeightsFolder(tmp_path / "fresh")
 
 
+def test_init_does_not_replace_what_it_reads(home: Path, tmp_path: Path) -> None:
+    weights = pico_folder(tmp_path / "w", pico_config("tower", num_layers=1), dtype=torch.float32)
+    before = (weights / "provenance.json").read_bytes()
+    config = write(tmp_path / "tower.yaml", {})
+    done = tool("init", config, "w", "w", cwd=tmp_path)
+    fails(done, "output w would replace w, which is read: name another folder")
+    assert (weights / "provenance.json").read_bytes() == before
+
+
 def test_init_without_its_file(home: Path, tmp_path: Path) -> None:
     done = tool("init", "nowhere.yaml", str(home / "model"), "fresh", cwd=tmp_path)
     fails(done, "no such file or folder: nowhere.yaml")
@@ -215,6 +224,16 @@ def test_train_refuses(changes: dict[str, Any], message: str, home: Path, tmp_pa
     name = write(tmp_path / "run.yaml", settings(home, **changes))
     fails(module(TRAIN, "--config", name, cwd=tmp_path), message)
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_run_does_not_replace_what_it_began_from(home: Path, tmp_path: Path) -> None:
+    config = pico_config("tower", num_layers=1)
+    kept = pico_folder(tmp_path / "run" / "weights", config, dtype=torch.float32)
+    before = (kept / "provenance.json").read_bytes()
+    name = write(tmp_path / "run.yaml", settings(home, weights="run/weights"))
+    done = module(TRAIN, "--config", name, cwd=tmp_path)
+    fails(done, "output run/weights would replace run/weights, which is read: name another folder")
+    assert (kept / "provenance.json").read_bytes() == before
 
 
 def test_train_says_what_it_computes_with(home: Path, tmp_path: Path) -> None:

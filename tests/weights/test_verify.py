@@ -107,7 +107,20 @@ def misplace(folder: Path) -> None:
     edit(folder / INDEX, lambda values: values["weight_map"].update(place))
 
 
+def move_out(folder: Path) -> None:
+    shard(folder).rename(folder.parent / "outside.safetensors")
+    tensors = WeightsFolder(folder).names
+    place = dict.fromkeys(tensors, "../outside.safetensors")
+    edit(folder / INDEX, lambda values: values.update(weight_map=place))
+
+
+def say_one_more(folder: Path) -> None:
+    edit(folder / PROVENANCE, lambda values: values["sha256"].update(lost="0" * 64))
+
+
 CHANGES = {
+    "outside": (move_out, "weight_map does not give each tensor's file in its folder"),
+    "lost": (say_one_more, r"lacks lost, whose sha256 provenance\.json has"),
     "dtype": (say_another_dtype, r"embedding\.\S+ is float16, not bfloat16"),
     "no tokenizer": (lambda f: (f / TOKENIZER).unlink(), r"tokenizer\.json is missing"),
     "tokenizer": (lambda f: (f / TOKENIZER).write_text("{garbage"), "tokenizer.json is not what"),

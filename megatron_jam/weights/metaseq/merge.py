@@ -80,14 +80,18 @@ def _check_model(path: Path, model: Mapping[Any, Any]) -> None:
             what = type(value).__name__
             raise UsageError(f"{path}: {key} is a {what}, no tensor: save it without that")
         if not value.shape:
-            raise UsageError(f"{path}: {key} is one number, which no weight is: copy it again")
+            raise UsageError(
+                f"{path}: {key} is one number, which no weight is: save it without that"
+            )
 
 
 def _settings(file: TorchFile) -> dict[str, Any]:
     try:
         found = plain(file.values.get("cfg") or {"model": file.values.get("args") or {}})
     except (RecursionError, ValueError):
-        raise UsageError(f"{file.path}: its settings are nested without end") from None
+        raise UsageError(
+            f"{file.path}: its settings are nested without end, or over a million"
+        ) from None
     if not isinstance(found, dict) or not isinstance(found.get("model") or {}, dict):
         raise UsageError(
             f"{file.path}: its settings (cfg, and model in it) are no values by name: take the file"
@@ -118,7 +122,8 @@ def _whole_part(shards: Sequence[TorchFile]) -> dict[str, Lazy]:
 
 def _part(shards: Sequence[TorchFile]) -> dict[str, Lazy]:
     """Tensors of one tensor-parallel part."""
-    is_flat = ["shard_metadata" in file.values for file in shards]
+    # metaseq's own script for other numbers of shards leaves it empty beside whole tensors.
+    is_flat = [bool(file.values.get("shard_metadata")) for file in shards]
     if not all(is_flat):
         if len(shards) > 1:
             raise UsageError(f"{shards[is_flat.index(False)].path} has no shard_metadata")
