@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all; YAML files of settings."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; a :class:`UsageError` if it holds anything else."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds no settings; write one `name: value` a line")
@@ -28,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; a :class:`UsageError` if it holds anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} is damaged: it holds no JSON object")
@@ -140,6 +141,59 @@ def replace_folder(new: Path, path: Path, *, marker: str) -> None:
     new.rename(path)
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+class PartFolder:
+    """The hidden folder beside `path` in which it is made; of one program at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is made yet."""
+        self.path = path.parent / f".{path.name}.part"
+        self._output = path
+        self._descriptor = -1
+
+    def open(self) -> None:
+        """Make it, unless a killed program left one, and lock it while this process lives.
+
+        Raises:
+            UsageError: another program is writing it.
+        """
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy = True
+        except OSError:  # a file system without locks
+            busy = False
+        else:
+            busy = not self._is_own()  # renamed by another that has just finished
+        if busy:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            raise UsageError(f"another program is writing {self._output}: wait, or name another")
+
+    def clear(self) -> None:
+        """Remove what a killed program left in it."""
+        for each in self.path.iterdir():
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+
+    def close(self, *, keep: bool = False) -> None:
+        """Unlock it, and remove it unless it is kept or has its name."""
+        if self._descriptor < 0:
+            return
+        if not keep and self._is_own():
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _is_own(self) -> bool:
+        """Whether the folder of that name is the one that was locked."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
 
 
 def _sync(path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import (
+    PartFolder,
     Unchanged,
     check_replaceable,
     read_json,
@@ -32,10 +33,12 @@ from megatron_jam.config.model import ModelConfig
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.weights.stream import INDEX, Fill, TensorStream
-from megatron_jam.weights.tensor_file import Stored, read_header, read_index
+from megatron_jam.weights.tensor_file import DTYPES, Stored, read_header, read_index
 
 CONFIG, VOCABULARY, TOKENIZER = "config.json", "vocabulary.json", "tokenizer.json"
 PROVENANCE = "provenance.json"
+HUGGING_FACE = "tokenizer_config.json"
+"""Which an exported model has, and a weights folder has not."""
 DTYPE, SHA256, FILES_SHA256 = "dtype", "sha256", "files_sha256"
 """What its writer adds to provenance.json: dtype of the tensors, sha256 of each, and of each small
 file."""
@@ -53,7 +56,7 @@ class WeightsFolder:
         self.path = Path(path)
         if not (self.path / INDEX).is_file():
             raise UsageError(f"{path} is not a weights folder: it has no {INDEX}")
-        self.config = ModelConfig.from_dict(read_json(self.path / CONFIG))
+        self.config = _config(self.path / CONFIG)
         self.vocabulary = JointVocabulary.load(self.path / VOCABULARY)
         if self.vocabulary.size != self.config.vocab_size:
             raise UsageError(
@@ -112,7 +115,7 @@ class WeightsFolder:
                 return self._files[file].get_tensor(name)
             view = self._files[file].get_slice(name)
             return view[start:stop] if dim == 0 else view[:, start:stop]
-        except SafetensorError as error:
+        except (SafetensorError, IndexError) as error:  # or one number, which has no rows
             raise UsageError(
                 f"{self.path / file} does not give {name} ({error}): copy the whole folder"
             ) from error
@@ -136,8 +139,15 @@ class WeightsFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor; all have one."""
-        return self.read(self.names[0], 0, 0, 0).dtype
+        """Of the first tensor; all have one.
+
+        Raises:
+            UsageError: it is not one of weights.
+        """
+        found = self.read(self.names[0], 0, 0, 0).dtype
+        if found not in DTYPES:
+            raise UsageError(f"{self.path}: {self.names[0]} is {found}, quantised or no weight")
+        return found
 
     def stored(self, name: str) -> Stored:
         """Where a tensor's bytes lie.
@@ -227,10 +237,11 @@ class FolderWriter:
         Raises:
             UsageError: if `source` lacks a file, or `path` is another kind of folder.
         """
-        check_replaceable(Path(path), PROVENANCE)
+        check_output(Path(path))
         self._beside = tokenizer_files(source) if isinstance(source, Path) else source
         self.path = Path(path)
-        self._part = self.path.parent / f".{self.path.name}.part"
+        self._making = PartFolder(self.path)
+        self._part = self._making.path
         self._config, self._dtype, self._resume = config, dtype, resume
         self._stream = TensorStream(self._part, shapes, dtype, file_bytes=file_bytes, resume=resume)
         self._is_complete = False
@@ -238,11 +249,10 @@ class FolderWriter:
         """Names of what is to be written, in order: all, or what an interrupted writer left."""
 
     def __enter__(self) -> "FolderWriter":
+        self._making.open()
         whole, self.left = self.left, self._stream.go_on()
         if self.left == whole:
-            shutil.rmtree(self._part, ignore_errors=True)
-        with writing(self._part):
-            self._part.mkdir(parents=True, exist_ok=True)
+            self._making.clear()
         return self
 
     def __exit__(
@@ -250,8 +260,7 @@ class FolderWriter:
     ) -> None:
         self._stream.close()
         # Renamed and gone where all went well. A wrong input will not be right the next time.
-        if not (self._resume and error) or isinstance(error, UsageError):
-            shutil.rmtree(self._part, ignore_errors=True)
+        self._making.close(keep=bool(self._resume and error and not isinstance(error, UsageError)))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of its planned shape."""
@@ -285,6 +294,7 @@ class FolderWriter:
         if not self._is_complete:
             self.complete(provenance)
         self._save(provenance)
+        check_output(self.path)
         replace_folder(self._part, self.path, marker=PROVENANCE)
 
     def _save(self, provenance: Mapping[str, Any]) -> None:
@@ -295,6 +305,30 @@ class FolderWriter:
             SHA256: self._stream.hashes,
         }
         write_json(self._part / PROVENANCE, {**provenance, **written})
+
+
+def check_output(path: Path) -> None:
+    """Raise UsageError unless a weights folder can be written to `path`: call before work starts.
+
+    What may stand there is an empty folder or an older weights folder.
+    """
+    check_replaceable(path, PROVENANCE)
+    if (path / HUGGING_FACE).exists():
+        raise UsageError(f"{path} is not replaced, as it is a model of Hugging Face: name another")
+
+
+def _config(path: Path) -> ModelConfig:
+    """A model's description; UsageError if it is none, with the file's name."""
+    values = read_json(path)
+    if "model_type" in values:
+        raise UsageError(
+            f"{path.parent} is a model of Hugging Face, no weights folder: make one of it with"
+            " tools/convert_hf.py import"
+        )
+    try:
+        return ModelConfig.from_dict(values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def file_sha256(path: Path) -> str:

@@ -4,7 +4,6 @@ Where one of transformers' classes computes the model, it becomes that class's; 
 brings its code along: `reference.py`, and `hf_modeling.py` around it.
 """
 
-import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import (
+    PartFolder,
     Unchanged,
     check_not_read,
     check_replaceable,
@@ -24,7 +24,12 @@ from megatron_jam.config.log import logger
 from megatron_jam.config.model import MAIN
 from megatron_jam.models.parameters import Parameter, parameter_table
 from megatron_jam.weights.certificate import certify
-from megatron_jam.weights.folder import PROVENANCE, WeightsFolder, tokenizer_files
+from megatron_jam.weights.folder import (
+    HUGGING_FACE,
+    PROVENANCE,
+    WeightsFolder,
+    tokenizer_files,
+)
 from megatron_jam.weights.hf_import import (
     VQ_MODEL,
     read_hugging_face,
@@ -55,18 +60,18 @@ def export_hugging_face(
         UsageError: `output` is another kind of folder, or a file was changed meanwhile.
     """
     folder = WeightsFolder(source)
-    check_replaceable(output, PROVENANCE)
     check_not_read(output, folder.path, vq_model or folder.path)
+    _check_output(output)
     check_tensors(folder)
     settings = {} if own_code else _stock(folder, vq_model)
     settings = settings or own_settings(folder.config, folder.vocabulary)
     settings["dtype"] = str(folder.dtype).removeprefix("torch.")
     along, unchanged = _image_tokenizer(settings, vq_model)
-    part = output.parent / f".{output.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    with writing(part):
-        part.mkdir(parents=True)
+    making = PartFolder(output)
+    making.open()
+    part = making.path
     try:
+        making.clear()
         hashes = _write_tensors(folder, settings["model_type"], along, part)
         _write_small_files(folder, settings, part)
         certificate = _certificate(folder, part)
@@ -77,14 +82,23 @@ def export_hugging_face(
             {
                 "made_by": "tools/convert_hf.py",
                 "parents": {"weights": {"folder": str(folder.path), "sha256": folder.sha256}},
+                "image_tokenizer_sha256": folder.image_tokenizer_sha256,
                 "sha256": hashes,
                 "certificate": certificate,
             },
         )
+        _check_output(output)
         replace_folder(part, output, marker=PROVENANCE)
     finally:
-        shutil.rmtree(part, ignore_errors=True)  # renamed and gone where all went well
+        making.close()
     return certificate
+
+
+def _check_output(path: Path) -> None:
+    """Raise UsageError unless an export can be written to `path`: an older one may stand there."""
+    check_replaceable(path, PROVENANCE)
+    if (path / PROVENANCE).exists() and not (path / HUGGING_FACE).exists():
+        raise UsageError(f"{path} is not replaced, as it is a weights folder: name another")
 
 
 def _stock(folder: WeightsFolder, vq_model: Path | None) -> dict[str, Any]:
@@ -123,9 +137,23 @@ def _write_tensors(
         for entry, (key, shape) in zip(table, shapes.items(), strict=False):
             stream.write(key, folder.read(entry.name).view(shape))
         for key, tensor in along.items():
-            stream.write(key, tensor.read())
+            stream.write(key, _as_model(key, tensor.read(), folder.dtype))
         stream.finish()
-        return stream.hashes
+        hashes = stream.hashes
+    for entry, key in zip(table, shapes, strict=False):  # the bytes are the same
+        if hashes[key] != folder.hashes[entry.name]:
+            raise UsageError(f"{folder.path}: {entry.name} is not what was written: copy it again")
+    return hashes
+
+
+def _as_model(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What goes along in the model's dtype, which transformers loads all in."""
+    found = tensor.to(dtype)
+    if not torch.equal(found.isfinite(), tensor.isfinite()):
+        raise UsageError(f"{key} has numbers too large for {dtype}: export the model in another")
+    if not torch.equal(found.to(tensor.dtype), tensor):
+        logger.info("%s is rounded from %s to the model's %s", key, tensor.dtype, dtype)
+    return found
 
 
 def _shape(folder: WeightsFolder, entry: Parameter, kind: str) -> tuple[int, ...]:
@@ -141,7 +169,7 @@ def _shape(folder: WeightsFolder, entry: Parameter, kind: str) -> tuple[int, ...
 
 def _write_small_files(folder: WeightsFolder, settings: dict[str, Any], part: Path) -> None:
     write_json(part / "config.json", settings)
-    write_json(part / "tokenizer_config.json", _tokenizer_settings())
+    write_json(part / HUGGING_FACE, _tokenizer_settings())
     for name, content in tokenizer_files(folder.path).items():
         with writing(part / name):
             (part / name).write_bytes(content)

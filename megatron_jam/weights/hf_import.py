@@ -13,6 +13,7 @@ from megatron_jam.config.files import Unchanged, read_json
 from megatron_jam.config.log import logger
 from megatron_jam.models.parameters import parameter_table
 from megatron_jam.weights.conversion import Conversion, Step, fitted
+from megatron_jam.weights.folder import PROVENANCE
 from megatron_jam.weights.huggingface import hugging_face_name, model_config
 from megatron_jam.weights.ids import read_ids
 from megatron_jam.weights.lazy import Lazy
@@ -95,6 +96,9 @@ def read_hugging_face(source: Path, tokenizer: Path) -> Conversion:
             f"{ids.vocabulary.size:,}",
         )
     origin = {"made_by": "tools/convert_hf.py", "folder": str(source), "model_type": kind}
+    if (source / PROVENANCE).is_file():  # this project's export
+        seen = read_json(source / PROVENANCE).get("image_tokenizer_sha256")
+        origin |= {"image_tokenizer_sha256": seen} if isinstance(seen, str) else {}
     return Conversion(
         config=config, ids=ids, tensors=tensors, steps=steps, origin=origin, unchanged=unchanged
     )

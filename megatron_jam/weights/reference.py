@@ -139,7 +139,10 @@ def _embed(config: Any, get: GetTensor, name: str, tokens: Tensor, context: _Con
     state = get(f"{room}.tokens.weight")[tokens]
     if config.towers[name].positions == "learned":
         rows = context.positions + config.position_offset
-        state = state + get(f"{room}.positions.weight")[rows]
+        table = get(f"{room}.positions.weight")
+        if int(context.positions.max()) >= config.max_positions:
+            raise ValueError(f"the model has {config.max_positions} positions; give fewer tokens")
+        state = state + table[rows]
     if config.towers[name].hidden_size != state.shape[-1]:
         state = state @ get(f"embedding.{name}.projection.weight").T
     return state
@@ -202,7 +205,9 @@ def _head_norm(get: GetTensor, name: str, x: Tensor) -> Tensor:
     weight, bias = (
         get(f"{name}.{kind}").view(x.shape[1], 1, x.shape[-1]) for kind in ("weight", "bias")
     )
-    return _normalise(x - x.mean(dim=-1, keepdim=True), 1e-5) * weight + bias
+    y = _wide(x)
+    y = _normalise(y - y.mean(dim=-1, keepdim=True), 1e-5)
+    return (y * weight + bias).to(x.dtype)
 
 
 def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
@@ -221,7 +226,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, context: _Context) -> Tensor:
     # Query head n reads key and value head n // group.
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    # Divided first: a product of 16 bits would overflow.
+    scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)
     weights = scores.masked_fill(context.hidden, -math.inf).softmax(dim=-1)
     return (weights @ v).transpose(1, 2).flatten(-2)
 
@@ -248,12 +254,19 @@ def _linear(tower: Any, get: GetTensor, name: str, x: Tensor) -> Tensor:
 
 
 def _norm(tower: Any, get: GetTensor, name: str, x: Tensor) -> Tensor:
-    y = x.unflatten(-1, (tower.norm_groups, -1))
+    y = _wide(x).unflatten(-1, (tower.norm_groups, -1))
     y = y - y.mean(dim=-1, keepdim=True) if tower.norm == "layer" else y
     y = _normalise(y, tower.norm_epsilon).flatten(-2)
     if tower.affine_norm:
         y = y * get(f"{name}.weight")
-    return y + get(f"{name}.bias") if tower.affine_norm and tower.norm == "layer" else y
+    if tower.affine_norm and tower.norm == "layer":
+        y = y + get(f"{name}.bias")
+    return y.to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32 at least: in fp16 the square of 256 is infinite."""
+    return x.float() if x.element_size() == 2 else x
 
 
 def _normalise(x: Tensor, epsilon: float) -> Tensor:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import read_json, write_json, write_text_atomically
 from megatron_jam.config.log import logger
 from megatron_jam.ops.sha256 import ALONE, LANES, Sha256, best_alone
@@ -94,7 +95,10 @@ class TensorStream:
         path = self._folder / JOURNAL
         if not self._resume or not path.is_file():
             return []
-        journal = read_json(path)
+        try:
+            journal = read_json(path)
+        except UsageError:  # damaged: all is written anew
+            return []
         if journal.get("of") != self._resume:
             return []
         for index, names in enumerate(self._files[: len(journal["files"])]):

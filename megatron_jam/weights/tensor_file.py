@@ -15,7 +15,8 @@ import torch
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import read_json, writing
 
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Of weights, and their names in a safetensors file."""
 _LINE_BYTES = 64
 """Of the cache."""
 
@@ -107,7 +108,7 @@ def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> byte
     for name, shape in shapes.items():
         end = offset + torch.Size(shape).numel() * dtype.itemsize
         entries[name] = {
-            "dtype": _DTYPES[dtype],
+            "dtype": DTYPES[dtype],
             "shape": list(shape),
             "data_offsets": [offset, end],
         }
@@ -137,7 +138,9 @@ def read_index(path: Path) -> dict[str, str]:
     """
     found = read_json(path).get("weight_map")
     files = list(found.values()) if isinstance(found, dict) else []
-    if not files or not all(isinstance(each, str) and Path(each).name == each for each in files):
+    if not files or not all(
+        isinstance(each, str) and Path(each).name == each and "\0" not in each for each in files
+    ):
         raise UsageError(
             f"{path} is damaged: its weight_map does not give each tensor's file in its folder"
         )

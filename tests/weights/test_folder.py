@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
+from megatron_jam.config.files import PartFolder
 from megatron_jam.models.parameters import parameter_table
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
 from megatron_jam.weights.folder import INDEX, VOCABULARY, FolderWriter, WeightsFolder
@@ -275,3 +277,53 @@ def test_cut_file_is_damaged(copy: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UsageError, match="is damaged"):
         check_tensors(WeightsFolder(copy))
+
+
+def test_one_program_at_a_time_writes_a_folder(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    with writer(path, source, torch.float32) as out:
+        with (
+            pytest.raises(UsageError, match=r"another program is writing .*model: wait"),
+            writer(path, source, torch.float32),
+        ):
+            pass
+        for name, tensor in pico_tensors(CONFIG).items():
+            out.write(name, tensor)
+        out.finish({})
+    assert torch.equal(WeightsFolder(path).read(QUERY), pico_tensors(CONFIG)[QUERY].float())
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_part_folder_that_has_its_name_by_now_is_not_taken(tmp_path: Path) -> None:
+    """Another program finishes between this one's opening of the folder and its lock."""
+    first, late = PartFolder(tmp_path / "model"), PartFolder(tmp_path / "model")
+    first.open()
+    late._descriptor = os.open(late.path, os.O_RDONLY)
+    (first.path / "file").write_text("x")
+    first.path.rename(tmp_path / "model")
+    first.close()
+    late.close()
+    assert (tmp_path / "model/file").read_text() == "x"
+
+
+def test_a_model_of_hugging_face_is_neither_read_nor_replaced(copy: Path, source: Path) -> None:
+    (copy / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="not replaced, as it is a model of Hugging Face"):
+        writer(copy, source, torch.float32)
+    (copy / "config.json").write_text('{"model_type": "opt"}')
+    with pytest.raises(UsageError, match=r"copy is a model of Hugging Face.*convert_hf.py import"):
+        WeightsFolder(copy)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.tensor(1.0), "does not give"),
+        (torch.ones(4, 4, dtype=torch.int8), "is torch.int8, quantised or no weight"),
+    ],
+)
+def test_what_is_no_weight_is_named(copy: Path, tensor: Tensor, message: str) -> None:
+    (file,) = copy.glob("*.safetensors")
+    save_file({name: tensor.clone() for name in NAMES}, file)
+    with pytest.raises(UsageError, match=message):
+        _ = WeightsFolder(copy).dtype

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.fusion.fuse import fuse
-from megatron_jam.weights.folder import WeightsFolder
+from megatron_jam.weights.folder import FolderWriter, WeightsFolder
 from megatron_jam.weights.hf_export import export_hugging_face
 from megatron_jam.weights.hf_import import read_hugging_face
 from megatron_jam.weights.reference import reference_logits
@@ -137,3 +137,24 @@ def test_an_image_tokenizer_of_other_codes_is_refused(tmp_path: Path) -> None:
         export_hugging_face(
             tmp_path / "ours", tmp_path / "back", vq_model=tmp_path / "hf", own_code=True
         )
+
+
+def test_an_image_tokenizer_that_does_not_fit_the_dtype_is_refused(tmp_path: Path) -> None:
+    save_chameleon(tmp_path / "hf")
+    read_hugging_face(tmp_path / "hf", tmp_path / "hf").write(tmp_path / "ours")
+    ours = WeightsFolder(tmp_path / "ours")
+    shapes = {name: ours.shape(name) for name in ours.names}
+    with FolderWriter(
+        tmp_path / "half", config=ours.config, source=ours.path, shapes=shapes, dtype=torch.float16
+    ) as writer:
+        for name in ours.names:
+            writer.write(name, ours.read(name))
+        writer.finish({})
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    tensors = load_file(file)
+    key = next(name for name in tensors if name.startswith("model.vqmodel."))
+    tensors[key].view(-1)[0] = 1e6
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UsageError, match=f"{key} has numbers too large for torch.float16"):
+        export_hugging_face(tmp_path / "half", tmp_path / "back", vq_model=tmp_path / "hf")
+    assert not (tmp_path / "back").exists()

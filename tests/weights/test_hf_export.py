@@ -84,6 +84,7 @@ def test_folders_of_others_and_what_is_read_stay(tmp_path: Path) -> None:
     weights = pico_folder(tmp_path / "w", CONFIGS["opt"], dtype=torch.float32)
     export_hugging_face(weights, tmp_path / "hf")
     theirs = Path(shutil.copytree(tmp_path / "hf", tmp_path / "theirs"))
+    shutil.copytree(weights, tmp_path / "other")
     (theirs / "provenance.json").unlink()
     for folder in ("theirs", "hf"):
         shutil.copyfile(weights / "vocabulary.json", tmp_path / folder / "vocabulary.json")
@@ -93,6 +94,7 @@ def test_folders_of_others_and_what_is_read_stay(tmp_path: Path) -> None:
         (("import", "theirs", "theirs"), "output theirs would replace theirs, which is read"),
         (("import", "hf", "hf"), "output hf would replace hf, which is read"),
         (("import", "hf", "w", "--tokenizer", "w"), "output w would replace w, which is read"),
+        (("export", "w", "other"), "other is not replaced, as it is a weights folder"),
         (("export", "w", "w"), "output w would replace w, which is read"),
         (("export", "w", "hf", "--vq_model", "hf"), "output hf would replace hf, which is read"),
     ]:
@@ -104,3 +106,23 @@ def test_options_of_the_import_alone_are_refused(tmp_path: Path) -> None:
     weights = pico_folder(tmp_path / "w", CONFIGS["opt"], dtype=torch.float32)
     arguments = ("export", str(weights), "hf", "--plan")
     fails(tool("convert_hf", *arguments, cwd=tmp_path), "--plan and --tokenizer are for import")
+
+
+def test_damaged_weights_do_not_leave(tmp_path: Path) -> None:
+    weights = pico_folder(tmp_path / "w", CONFIGS["opt"], dtype=torch.float32)
+    (file,) = weights.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    fails(tool("convert_hf", "export", "w", "hf", cwd=tmp_path), "is not what was written")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_image_tokenizer_is_known_on_the_way_back(tmp_path: Path) -> None:
+    weights = pico_folder(tmp_path / "w", CONFIGS["opt"], dtype=torch.float32)
+    provenance = json.loads((weights / "provenance.json").read_text())
+    seen = {**provenance, "image_tokenizer_sha256": "ab" * 32}
+    (weights / "provenance.json").write_text(json.dumps(seen))
+    export_hugging_face(weights, tmp_path / "hf")
+    read_hugging_face(tmp_path / "hf", tmp_path / "hf").write(tmp_path / "back")
+    assert WeightsFolder(tmp_path / "back").image_tokenizer_sha256 == "ab" * 32

@@ -202,3 +202,29 @@ def test_own_code_can_be_asked_for(tmp_path: Path) -> None:
     with torch.no_grad():
         found = load(exported)(TOKENS).logits
     assert (found - reference_logits(folder.config, folder.read, TOKENS)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tower", [OPT, {**LLAMA, "qk_norm": True}], ids=["opt", "chameleon"])
+def test_large_states_in_fp16(tower: dict[str, Any], tmp_path: Path) -> None:
+    """transformers loads in the dtype that was written; squares and products must not overflow."""
+    config = dataclasses.replace(pico_config("tower", **tower), tied=False)
+    weights = pico_folder(tmp_path / "w", config, dtype=torch.float32)
+    folder = WeightsFolder(weights)
+    tensors = {name: folder.read(name) for name in folder.names}
+    tensors["embedding.tokens.weight"][:, 5] = 300
+    due = reference_logits(config, tensors.__getitem__, TOKENS)
+    halves = {name: tensor.half() for name, tensor in tensors.items()}
+    found = reference_logits(config, halves.__getitem__, TOKENS)
+    assert found.dtype == torch.float16
+    assert due.std() > 0.1
+    assert (found.float() - due).abs().max() < 0.02 * due.abs().max()
+
+
+def test_too_many_tokens_are_told(tmp_path: Path) -> None:
+    _, exported = export(pico_config("tower", **OPT), tmp_path, own_code=True)
+    model = load(exported)
+    most = model.config.model["max_positions"]
+    with torch.no_grad():
+        assert model(torch.full((1, most), 5)).logits.isfinite().all()
+        with pytest.raises(ValueError, match=f"the model has {most} positions; give fewer tokens"):
+            model(torch.full((1, most + 1), 5))
