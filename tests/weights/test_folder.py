@@ -237,6 +237,9 @@ def test_vocabulary_of_the_same_size_is_not_the_same(source: Path) -> None:
         (INDEX, b'{"weight_map": null}', "index.json is damaged: its weight_map"),
         (INDEX, b'{"weight_map": ["a"]}', "index.json is damaged: its weight_map"),
         (INDEX, b'{"weight_map": {"a": 1}}', "index.json is damaged: its weight_map"),
+        (INDEX, rb'{"weight_map": {"a": "\u0000"}}', "index.json is damaged: its weight_map"),
+        ("config.json", b"[" * 100_000, "config.json is damaged"),
+        ("config.json", b'{"size": 1}', "config.json: unknown key `size`"),
         (INDEX, None, f"is not a weights folder: it has no {INDEX}"),
     ],
 )
