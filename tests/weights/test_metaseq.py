@@ -318,4 +318,6 @@ def test_the_plan_names_every_key_and_writes_nothing(tmp_path: Path) -> None:
     made = json.loads((tmp_path / "out/provenance.json").read_text())
     assert made["certificate"]["largest_difference"] == 0
     fails(tool("convert_metaseq", *arguments, cwd=tmp_path), "name the --output to write")
-    fails(tool("convert_metaseq", "--input", "none", cwd=tmp_path), "no vocabulary at .*")
+    fails(tool("convert_metaseq", "--input", "none", cwd=tmp_path), "none: no checkpoint")
+    # What lies beside a checkpoint is looked for where there is one.
+    fails(tool("convert_metaseq", "--input", "in", cwd=tmp_path), "no vocabulary at .*")

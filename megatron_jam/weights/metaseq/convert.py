@@ -1,12 +1,13 @@
 """A checkpoint of metaseq, read and planned."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import torch
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import Unchanged
+from megatron_jam.config.model import ModelConfig
 from megatron_jam.models.parameters import Parameter, parameter_table
 from megatron_jam.weights.conversion import Conversion, Step, fitted
 from megatron_jam.weights.ids import read_ids
@@ -38,8 +39,9 @@ def read_metaseq(
     Raises:
         UsageError: the checkpoint is not whole, or is no model that towers here can compute.
     """
-    ids = read_ids(tokenizer)
+    # Where both are missing, the tokenizer was looked for beside the checkpoint.
     parts = find_parts(source)
+    ids = read_ids(tokenizer)
     files = [path for shards in parts for path in shards]
     unchanged = Unchanged(files)
     settings, wholes = read_parts(parts)
@@ -53,6 +55,7 @@ def read_metaseq(
         every=every,
     )
     table = {entry.name: entry for entry in parameter_table(config)}
+    names = _targets(wholes, config, table)
     steps: list[Step] = []
     tensors: dict[str, Lazy] = {}
     first: Whole | None = None
@@ -61,9 +64,7 @@ def read_metaseq(
         if reason := why_dropped(whole.key, config):
             steps.append(Step(source=whole.source, shape=shape, action=f"drop: {reason}"))
             continue
-        name = canonical_name(whole.key, config)
-        if name not in table:
-            raise UsageError(f"the checkpoint has {whole.source}, which no known model has")
+        name = names[whole.key]
         _check_kind(whole, table[name])
         tensors[name], action = fitted(
             whole.source,
@@ -98,6 +99,26 @@ def _check_parts(source: str, count: int, wholes: Iterable[Whole]) -> None:
                 f"{source}: {whole.source} has {shape[0]} of {shape[1]} rows in {count} model"
                 f" part(s): of {due} parts {due - count} are missing: copy the whole checkpoint"
             )
+
+
+def _targets(wholes: Iterable[Whole], config: ModelConfig, table: Container[str]) -> dict[str, str]:
+    """The weight that each key becomes; UsageError of one that is unknown, and of two of a weight:
+    which of them is meant, nobody knows."""
+    names: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    for whole in wholes:
+        if why_dropped(whole.key, config):
+            continue
+        name = canonical_name(whole.key, config)
+        if name is None or name not in table:
+            raise UsageError(f"the checkpoint has {whole.source}, which no known model has")
+        if name in sources:
+            raise UsageError(
+                f"{sources[name]} and {whole.source} both give {name}: save the checkpoint with"
+                " one of them"
+            )
+        names[whole.key], sources[name] = name, whole.source
+    return names
 
 
 def _check_kind(whole: Whole, entry: Parameter) -> None:

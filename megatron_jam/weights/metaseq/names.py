@@ -17,8 +17,9 @@ OFFSET = 2
 """Rows of its position tables that no token has."""
 
 _TOWERS = {"cm3": IMAGE, "llm": TEXT}
+# One spelling of each number, and no more layers than any model has: int() would take others.
 _LAYER = re.compile(
-    r"decoder\.(?P<bridge>x_attn_)?layers(_(?P<tower>cm3|llm))?\.(?P<i>\d+)\.(?P<rest>.+)"
+    r"decoder\.(?P<bridge>x_attn_)?layers(_(?P<tower>cm3|llm))?\.(?P<i>0|[1-9][0-9]{0,5})\.(?P<rest>.+)"
 )
 _IN_LAYER = {
     "self_attn_layer_norm": "attention_norm",
