@@ -10,7 +10,7 @@ from megatron_jam.config.errors import UsageError
 from megatron_jam.config.files import publish, temporary_name, writing
 from megatron_jam.config.log import logger
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.evaluation.logits import folder_logits
+from megatron_jam.evaluation.logits import folder_logits, read_array
 from megatron_jam.parallel.device import DTYPES
 from megatron_jam.parallel.world import start_world, stop_world
 
@@ -38,12 +38,9 @@ def main(
         raise UsageError(f"{out.parent} is no folder: make it first")
     if out.is_dir():
         raise UsageError(f"{out} is a folder: name the file to write in it")
-    try:
-        # np.load would take archives and pickles too.
-        with ids.open("rb") as file:
-            given = np.lib.format.read_array(file, allow_pickle=False)
-    except ValueError as error:
-        raise UsageError(f"{ids} is no .npy array: {error}") from error
+    if out.resolve() == ids.resolve():
+        raise UsageError(f"--out {out} would replace the ids: name another file to write")
+    given = read_array(ids)
     world = start_world(parallel)
     found = folder_logits(weights, given, world, dtype=DTYPES[precision])
     if found is not None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,6 +19,28 @@ from megatron_jam.models.parameters import num_parameters
 from megatron_jam.parallel.world import World
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.load import load_weights
+
+_NO_ARRAY = (
+    *(ValueError, TypeError, SyntaxError, TokenError, RecursionError),
+    *(MemoryError, OverflowError),
+)
+"""What numpy raises of an .npy file: it parses the header as Python, and makes room for what that
+says before it reads."""
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """The array of an .npy file.
+
+    Raises:
+        UsageError: the file holds no array, an archive, pickles, or less than its header says.
+    """
+    try:
+        # np.load would take archives and pickles too.
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except _NO_ARRAY as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{path} is no .npy array: {why}") from error
 
 
 @torch.no_grad()

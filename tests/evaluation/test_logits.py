@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_jam.config.errors import UsageError
 from megatron_jam.config.parallel import ParallelConfig
-from megatron_jam.evaluation.logits import folder_logits
+from megatron_jam.evaluation.logits import folder_logits, read_array
 from megatron_jam.parallel.world import World
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.reference import reference_logits
-from tests.helpers.commands import fails, tool
+from tests.helpers.commands import fails, failure, tool
 from tests.helpers.pico import LLAMA, pico_config, pico_folder
 from tests.helpers.pool import WorkerPool
 
@@ -106,3 +107,46 @@ def test_a_folder_is_not_written_over(folders: dict[str, Path], tmp_path: Path) 
     arguments = (str(folders["llama"]), "--ids", "ids.npy", "--out", "out")
     fails(tool("logits", *arguments, cwd=tmp_path), "out is a folder: name the file to write in it")
     assert {path.name for path in tmp_path.iterdir()} == {"ids.npy", "out"}
+
+
+def header(text: str) -> bytes:
+    """The beginning of an .npy file, numpy's format 1.0."""
+    return b"\x93NUMPY\x01\x00\x76\x00" + text.encode().ljust(117) + b"\n"
+
+
+@pytest.mark.parametrize(
+    "shape", ["(1000000000000, 100)", "(2305843009213693952, 8)", f"({'9' * 40}, 1)", "(-3, 1)"]
+)
+def test_a_header_that_claims_more_than_there_is(shape: str, tmp_path: Path) -> None:
+    text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}"
+    (tmp_path / "ids.npy").write_bytes(header(text) + bytes(16))
+    with pytest.raises(UsageError, match=r"ids\.npy is no \.npy array: .") as caught:
+        read_array(tmp_path / "ids.npy")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["(" * 110, "{'descr': ", "'\\x'", "{[]: 1}", "\n\n  x\n y", "-" * 117]
+)
+def test_a_header_that_is_no_python(text: str, tmp_path: Path) -> None:
+    (tmp_path / "ids.npy").write_bytes(header(text))
+    with pytest.raises(UsageError, match=r"ids\.npy is no \.npy array: .") as caught:
+        read_array(tmp_path / "ids.npy")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("out", ["ids.npy", "../work/ids.npy", "link.npy"])
+def test_the_ids_are_not_written_over(
+    out: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    np.save("ids.npy", IDS)
+    Path("link.npy").symlink_to("ids.npy")
+    told = failure(capsys, "logits", folders["llama"], "--ids", "ids.npy", "--out", out)
+    assert "would replace the ids: name another file to write" in told
+    assert np.array_equal(np.load("ids.npy"), IDS)
