@@ -95,13 +95,23 @@ def read_hugging_face(source: Path, tokenizer: Path) -> Conversion:
             f"{rows:,}",
             f"{ids.vocabulary.size:,}",
         )
-    origin = {"made_by": "tools/convert_hf.py", "folder": str(source), "model_type": kind}
-    if (source / PROVENANCE).is_file():  # this project's export
-        seen = read_json(source / PROVENANCE).get("image_tokenizer_sha256")
-        origin |= {"image_tokenizer_sha256": seen} if isinstance(seen, str) else {}
     return Conversion(
-        config=config, ids=ids, tensors=tensors, steps=steps, origin=origin, unchanged=unchanged
+        config=config,
+        ids=ids,
+        tensors=tensors,
+        steps=steps,
+        origin=_origin(source, kind),
+        unchanged=unchanged,
     )
+
+
+def _origin(source: Path, kind: str) -> dict[str, str]:
+    """For provenance.json; of this project's export also which image codes it has seen."""
+    origin = {"made_by": "tools/convert_hf.py", "folder": str(source), "model_type": kind}
+    name = "image_tokenizer_sha256"
+    exported = read_json(source / PROVENANCE) if (source / PROVENANCE).is_file() else {}
+    seen = exported.get(name)
+    return {**origin, name: seen} if isinstance(seen, str) else origin
 
 
 def tensor_files(source: Path) -> list[Path]:
