@@ -13,6 +13,10 @@ MAIN, IMAGE, TEXT = "main", "image", "text"
 PAIR = (IMAGE, TEXT)
 """The order of the two towers wherever their states or names stand side by side."""
 
+_MOST_LAYERS = 10_000
+"""Far more than any model has. The table of parameters has lines for each: 10^9 of them, a slip of
+the pen or a damaged file, would fill the memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
@@ -76,6 +80,10 @@ class TowerConfig:
         for name in ("num_layers", "hidden_size", "num_heads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"tower {name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_layers > _MOST_LAYERS:
+            raise UsageError(
+                f"tower num_layers is {self.num_layers}; it must be {_MOST_LAYERS:,} or less"
+            )
         if self.hidden_size % self.num_heads:
             raise UsageError(
                 f"tower num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"

@@ -80,6 +80,7 @@ def tower(**changes: Any) -> dict[str, Any]:
         ({"towers": {"main": 3}}, "TowerConfig is 3"),
         (tower(num_heads=3), "num_heads 3 does not divide hidden_size 8"),
         (tower(num_layers=0), "num_layers is 0; it must be at least 1"),
+        (tower(num_layers=10**9), "num_layers is 1000000000; it must be 10,000 or less"),
         (tower(num_heads="2"), "num_heads is '2'; it must be a whole number"),
         (tower(hidden_size=8.0), "hidden_size is 8.0; it must be a whole number"),
         (tower(bias="no"), "bias is 'no'; it must be true or false"),
