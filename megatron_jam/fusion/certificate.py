@@ -49,14 +49,20 @@ def certify_fusion(
         tokens with the same likeliest follower.
 
     Raises:
-        UsageError: an element is not the nearest number of its dtype, a parent's tensor is not what
-            it says or not finite, or the two logits differ.
+        UsageError: a tensor of the child, or one of a parent that the child is made of, has not the
+            sha256 that was recorded; an element is not the nearest number of its dtype; what it is
+            made of is not finite; or the two logits differ.
     """
     expected = Expected(child, parents, recipe, read_plan(child.path / PLAN_FILE))
     worst, where = 0.0, ""
+    sound: set[tuple[str, str]] = set()
     for entry in parameter_table(child.config):
         tensor = child.read(entry.name)
-        if tensor_sha256(tensor) != child.hashes[entry.name]:
+        digest = tensor_sha256(tensor)
+        for tower, source in sorted(expected.sources(entry) - sound):
+            if _check_sound(parents[tower], source, digest):
+                sound.add((tower, source))
+        if digest != child.hashes[entry.name]:
             raise UsageError(
                 f"{entry.name} of the child has not the sha256 that was recorded: run"
                 f" tools/verify.py on {_paths(parents)}, else look at the disk; nothing was written"
@@ -78,6 +84,27 @@ def certify_fusion(
         report[f"distance_to_{tower}"] = _distance(child, parents[tower], expected.ids[tower])
     prompts = _prompts(np.arange(child.config.vocab_size), child.config.max_positions)
     return {**report, **_both_ways(child, prompts, model_logits)}
+
+
+def _check_sound(parent: WeightsFolder, name: str, copy: str) -> bool:
+    """Compare a parent's tensor with its recorded sha256, unless that is `copy`, the sha256 of the
+    child's tensor: what was recorded is then what the child has.
+
+    Returns:
+        Whether it was read.
+
+    Raises:
+        UsageError: it is another.
+    """
+    due = parent.hashes[name]
+    if due == copy:
+        return False
+    if tensor_sha256(parent.read(name)) != due:
+        raise UsageError(
+            f"{parent.path}: {name} is not what was written, by its sha256: make or copy the parent"
+            " again; nothing was written"
+        )
+    return True
 
 
 def _paths(parents: Mapping[str, WeightsFolder]) -> str:

@@ -36,6 +36,13 @@ class Expected:
         self._tokens, self._takes = plan["token"], np.array(plan["takes"])
         self.ids = {tower: np.array(plan[tower], dtype=np.int64) for tower in PAIR}
         """Each parent's row of an id, or -1."""
+        self._read: set[tuple[str, str]] = set()
+
+    def sources(self, entry: Parameter) -> set[tuple[str, str]]:
+        """What one tensor is made of: towers, and the names of tensors of their parents."""
+        self._read.clear()
+        self.rows(entry, np.arange(0))
+        return set(self._read)
 
     def rows(self, entry: Parameter, rows: Rows) -> tuple[Values, Values | float]:
         """Rows `rows` of one tensor, and how far a sum may be from it before its last rounding."""
@@ -116,6 +123,7 @@ class Expected:
         """A parent's rows as numbered in the child."""
         folder = self._parents[tower]
         stored = _TOKENS if name == _OUTPUT and folder.config.tied else name
+        self._read.add((tower, stored))
         table = folder.read(stored)
         if name in (_TOKENS, _OUTPUT):
             places = self.ids[tower][rows]

@@ -1,5 +1,6 @@
 """A fusion's certificate: it holds for what the methods make, and finds what they did not."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,14 @@ from torch import Tensor
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.parallel import ParallelConfig
+from megatron_jam.fusion import certificate
 from megatron_jam.fusion import fuse as fusing
 from megatron_jam.fusion.blocks import Blocks, held
 from megatron_jam.fusion.fuse import fuse
 from megatron_jam.models.parameters import Parameter
 from megatron_jam.weights.folder import FolderWriter, WeightsFolder
 from megatron_jam.weights.reference import reference_logits
+from megatron_jam.weights.stream import tensor_sha256
 from tests.helpers.pico import SEPARATE, pico_config, pico_folder
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import whole_logits
@@ -221,15 +224,62 @@ def test_numbers_that_are_not_finite_are_the_parents_fault(
     assert of_child == of_text
 
 
-def test_a_damaged_parent_is_found(parents: dict[str, Path], tmp_path: Path) -> None:
-    """A bit of a tensor that is copied, with the hash that the parent recorded."""
-    text = Path(shutil.copytree(parents["text"], tmp_path / "text"))
-    (file,) = text.glob("*.safetensors")
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
-    given = {"text": text, "image": parents["image"], "output": tmp_path / "child"}
-    message = r"of the child has not the sha256 that was recorded: .* on .*image, .*text"
+def flipped(path: Path, output: Path, name: str) -> Path:
+    """A copy of a weights folder with one bit of one tensor changed, and no hash."""
+    shutil.copytree(path, output)
+    stored = WeightsFolder(output).stored(name)
+    content = bytearray(stored.path.read_bytes())
+    content[stored.offset] ^= 1
+    stored.path.write_bytes(content)
+    return output
+
+
+@pytest.mark.parametrize("name", ["embedding.tokens.weight", "layers.1.main.ffn.fc2.weight"])
+@pytest.mark.parametrize("damaged", ["text", "image"])
+@pytest.mark.parametrize("settings", RECIPES, ids=lambda each: " ".join(map(str, each.values())))
+def test_a_damaged_parent_is_found(
+    settings: dict, damaged: str, name: str, parents: dict[str, Path], tmp_path: Path
+) -> None:
+    """Whatever the child is made of: averaged, concatenated or copied."""
+    folder = flipped(parents[damaged], tmp_path / "damaged", name)
+    given = {**parents, damaged: folder, "output": tmp_path / "child"}
+    message = f"{re.escape(str(folder))}: {re.escape(name)} is not what was written, by its sha256"
     with pytest.raises(UsageError, match=message):
-        fuse(FusionRecipe(method="cross", **given, **SEPARATE))
+        fuse(FusionRecipe(**given, **settings))
     assert not (tmp_path / "child").exists()
+
+
+def test_a_damaged_child_is_not_called_its_parents_fault(
+    parents: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = FolderWriter.complete
+
+    def damaging(writer: FolderWriter, provenance: Any) -> WeightsFolder:
+        child = complete(writer, provenance)
+        return WeightsFolder(flipped(child.path, tmp_path / "damaged", child.names[0]))
+
+    monkeypatch.setattr(FolderWriter, "complete", damaging)
+    with pytest.raises(UsageError, match="of the child has not the sha256 that was recorded"):
+        fuse(FusionRecipe(method="cross", output=tmp_path / "child", **parents))
+    assert not (tmp_path / "child").exists()
+
+
+@pytest.mark.parametrize("settings", RECIPES, ids=lambda each: " ".join(map(str, each.values())))
+def test_no_tensor_is_hashed_twice(
+    settings: dict, parents: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is one whose copy was."""
+    hashed: list[str] = []
+
+    def noting(tensor: Tensor) -> str:
+        hashed.append(tensor_sha256(tensor))
+        return hashed[-1]
+
+    monkeypatch.setattr(certificate, "tensor_sha256", noting)
+    fuse(FusionRecipe(output=tmp_path / "child", **parents, **settings))
+    mine = list(WeightsFolder(tmp_path / "child").hashes.values())
+    own = {name: WeightsFolder(path).hashes for name, path in parents.items()}
+    if settings["method"] == "cross" and "tables" not in settings:
+        del own["text"]["embedding.positions.weight"]  # they are the image model's
+    others = {each for hashes in own.values() for each in hashes.values()}
+    assert sorted(hashed) == sorted([*mine, *others.difference(mine)])
