@@ -1,18 +1,20 @@
 """In what two parents differ, what each method can do about it, and whether a recipe may go on."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import check_not_read
+from megatron_jam.config.files import check_not_read, check_replaceable
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import MAIN, TowerConfig
 from megatron_jam.fusion.vocabulary import kind_of, tokens_of
 from megatron_jam.tokenizers.text import TextTokenizer
-from megatron_jam.weights.folder import WeightsFolder
+from megatron_jam.weights.folder import PROVENANCE, WeightsFolder
 from megatron_jam.weights.load import check_tensors
 
 _OF_A_TOWER = "uniform and width refuse; cross keeps each tower's own"
+_OF_A_NORM = f"{_OF_A_TOWER}, but one last norm where both share a head"
 _WITH_POSITIONS = "uniform and width refuse; cross takes them with `tables: per_tower`"
 _EFFECTIVE = {"num_kv_heads": "kv_heads", "ffn_size": "inner_size"}
 """Settings whose 0 stands for another number."""
@@ -49,6 +51,7 @@ def differences(text: WeightsFolder, image: WeightsFolder) -> list[Difference]:
         values = [getattr(folder.config.towers[MAIN], name) for folder in (text, image)]
         if values[0] != values[1]:
             remedy = _WITH_POSITIONS if name == "positions" else _OF_A_TOWER
+            remedy = _OF_A_NORM if name.startswith("norm") or name == "affine_norm" else remedy
             found.append(_difference(field.name, values, remedy, is_shape=True))
     for name, remedy, is_shape in (
         ("tied", "uniform and width refuse; in a cross the head then has rows of its own", True),
@@ -85,6 +88,14 @@ def _of_vocabularies(text: WeightsFolder, image: WeightsFolder) -> list[Differen
     return [_difference("vocabulary", values, remedy)]
 
 
+def _check_output(path: Path) -> None:
+    """Raise UsageError, before any work and for a mere plan too, if no folder can stand there."""
+    check_replaceable(path, PROVENANCE)
+    for above in path.parents:
+        if above.exists() and not above.is_dir():
+            raise UsageError(f"output {path} lies in {above}, which is a file: name another folder")
+
+
 def check_parents(
     text: WeightsFolder, image: WeightsFolder, recipe: FusionRecipe
 ) -> list[Difference]:
@@ -94,6 +105,7 @@ def check_parents(
         UsageError: it cannot; the message names what differs and what to do.
     """
     check_not_read(recipe.output, text.path, image.path, recipe.tokenizer or image.path)
+    _check_output(recipe.output)
     for folder in (text, image):
         if folder.config.is_pair:
             raise UsageError(f"{folder.path} has two towers already; a parent has one")

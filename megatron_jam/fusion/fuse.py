@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.log import logger
-from megatron_jam.config.model import IMAGE, TEXT, ModelConfig
+from megatron_jam.config.model import IMAGE, MAIN, TEXT, ModelConfig
 from megatron_jam.fusion.certificate import ModelLogits, certify_fusion
 from megatron_jam.fusion.compatibility import Difference, check_parents
 from megatron_jam.fusion.cross import cross_config, cross_tensor
@@ -73,12 +73,30 @@ class Fusion:
         """The plan, for a reader."""
         config, recipe = self.parents.config, self.parents.recipe
         told = [f"the parents differ in {difference}" for difference in self.differences]
+        told += self._dropped_norms()
         told += self.parents.plan.summary()
         told.append(
             f"JAM-{recipe.method.capitalize()}: {num_parameters(config):,} parameters,"
             f" {config.max_positions:,} positions, {config.vocab_size:,} ids"
         )
         return told
+
+    def _dropped_norms(self) -> list[str]:
+        """What a cross does not keep of a parent: its last norm, where both towers share a head
+        whose norm is of the other's kind or width."""
+        parents = self.parents
+        if not parents.config.is_pair or parents.config.readers != (MAIN,):
+            return []
+        kept = {entry.name for entry in parameter_table(parents.config)}
+        whose = {TEXT: "LLM", IMAGE: "image model"}
+        return [
+            f"{name} of the {whose[tower]} is dropped: both towers share a head, whose last norm is"
+            f" the {whose[parents.config.other_tower(tower)]}'s; `head: wide` keeps both"
+            for tower, folder in parents.folders.items()
+            for name in folder.names
+            if name.startswith("head.norm.")
+            and (name not in kept or tower in parents.config.projected_towers)
+        ]
 
     def write(self, *, model_logits: ModelLogits | None = None) -> dict[str, Any]:
         """Write the child, in a dtype that holds both parents', and return its certificate.

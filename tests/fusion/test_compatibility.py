@@ -10,7 +10,7 @@ import torch
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.fusion.compatibility import differences
-from megatron_jam.fusion.fuse import fuse
+from megatron_jam.fusion.fuse import Fusion, fuse
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.reference import reference_logits
 from tests.helpers.pico import LLAMA, SEPARATE, pico_config, pico_folder
@@ -97,3 +97,29 @@ def test_a_cross_takes_unlike_parents(llm: Path, tmp_path: Path) -> None:
     due = reference_logits(text.config, text.read, tokens)[..., :300]
     found = reference_logits(child.config, child.read, tokens)[..., :300]
     assert torch.equal(found, due)
+
+
+def test_an_output_that_cannot_stand_there_is_told_in_the_plan(llm: Path, tmp_path: Path) -> None:
+    recipe = FusionRecipe(
+        method="uniform", text=llm, image=other(tmp_path / "image"), output=tmp_path / "child"
+    )
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("not ours")
+    for output, message in (
+        ("file", "file is a link or a file"),
+        ("file/child", "output .*child lies in .*file, which is a file"),
+        ("notes", "notes is not replaced, as it has files but no provenance.json"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Fusion.plan(dataclasses.replace(recipe, output=tmp_path / output))
+    Fusion.plan(recipe)
+    fuse(recipe)
+    Fusion.plan(recipe)  # an older child is replaced
+
+
+def test_the_plan_does_not_promise_a_shared_heads_norm(llm: Path, tmp_path: Path) -> None:
+    image = WeightsFolder(other(tmp_path / "image", norm="rms", norm_epsilon=1e-6))
+    told = [str(each) for each in differences(WeightsFolder(llm), image)]
+    assert [each.split(":")[0] for each in told] == ["norm", "norm_epsilon"]
+    assert all("tower's own, but one last norm where both share a head)" in each for each in told)

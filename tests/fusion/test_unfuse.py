@@ -1,17 +1,19 @@
 """Fused and taken apart again: the parents, bit for bit, as far as the fusion kept them apart."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_jam.config.errors import UsageError
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import ModelConfig, TowerConfig
-from megatron_jam.fusion.fuse import fuse
+from megatron_jam.fusion.fuse import Fusion, fuse
 from megatron_jam.fusion.unfuse import unfuse
-from megatron_jam.weights.folder import WeightsFolder
+from megatron_jam.weights.folder import PROVENANCE, FolderWriter, WeightsFolder
 from tests.helpers.commands import fails, tool
 from tests.helpers.pico import LLAMA, SEPARATE, pico_config, pico_folder, pico_vocabulary
 
@@ -89,6 +91,133 @@ def test_a_parent_in_another_dtype_is_not_called_the_same(tmp_path: Path) -> Non
         for each in due.names:
             assert torch.equal(found.read(each), due.read(each).float()), each
         assert found.provenance["certificate"] == {"is_the_parent": is_parent}
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        ("project", "embedding.image.projection.weight"),
+        ("wide", "embedding.image.projection.weight"),
+        ("wide", "head.image.projection.weight"),
+    ],
+)
+def test_a_trained_projection_of_the_shared_table_is_told(
+    head: Any, name: str, tmp_path: Path
+) -> None:
+    """The table's first columns are then no longer what the narrower tower reads."""
+    fuse(
+        FusionRecipe(
+            method="cross", output=tmp_path / "child", head=head, **parents(tmp_path, OPT, NARROW)
+        )
+    )
+    unfuse(tmp_path / "child", "image", tmp_path / "back")
+    trained = changed(tmp_path / "child", tmp_path / "trained", name, 1e-3)
+    message = rf"tower image reads the shared table through {name}, .* `tables: per_tower`"
+    with pytest.raises(UsageError, match=message):
+        unfuse(trained, "image", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    unfuse(trained, "text", tmp_path / "text of trained")
+
+
+@pytest.mark.parametrize("tables", ["shared", "per_tower"])
+def test_a_trained_projection_of_both_towers_is_no_hindrance(tables: Any, tmp_path: Path) -> None:
+    """It is random from the start, and no parent's."""
+    paths = parents(tmp_path, OPT, NARROW)
+    fuse(FusionRecipe(method="cross", output=tmp_path / "child", tables=tables, **paths))
+    unfuse(tmp_path / "child", "image", tmp_path / "back")
+    back = WeightsFolder(tmp_path / "back")
+    assert torch.equal(
+        back.read("layers.2.main.ffn.fc2.weight"),
+        WeightsFolder(paths["image"]).read("layers.2.main.ffn.fc2.weight"),
+    )
+
+
+def changed(path: Path, output: Path, name: str, by: float) -> Path:
+    """A weights folder like another but for one element, as training would leave it."""
+    folder = WeightsFolder(path)
+    shapes = {each: folder.shape(each) for each in folder.names}
+    with FolderWriter(
+        output, config=folder.config, source=path, shapes=shapes, dtype=folder.dtype
+    ) as writer:
+        for each in shapes:
+            tensor = folder.read(each).clone()
+            if each == name:
+                tensor[-1, -1] += by
+            writer.write(each, tensor)
+        writer.finish({"made_by": "training"})
+    return output
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "tower", "dropped"),
+    [
+        ({"affine_norm": True}, {}, "text", ["weight", "bias"]),
+        ({}, {"affine_norm": True}, "text", []),
+        ({"affine_norm": True}, {"affine_norm": True, "norm": "rms"}, "text", ["bias"]),
+    ],
+    ids=str,
+)
+def test_a_last_norm_that_fusion_dropped_is_told(
+    text: dict, image: dict, tower: str, dropped: list[str], tmp_path: Path
+) -> None:
+    paths = parents(tmp_path, pico_config("tower", **text), pico_config("tower", **image))
+    recipe = FusionRecipe(method="cross", output=tmp_path / "child", **paths)
+    plan = [line for line in Fusion.plan(recipe).as_lines() if line.startswith("head.norm.")]
+    told = [f"head.norm.{kind} of the LLM is dropped: both towers share a head" for kind in dropped]
+    assert [line.split(",")[0] for line in plan] == told
+    fuse(recipe)
+    unfuse(tmp_path / "child", "image", tmp_path / "image of child")
+    if not dropped:
+        unfuse(tmp_path / "child", tower, tmp_path / "back")
+        return
+    message = (
+        rf"no head\.norm\.{dropped[0]} to give back: .* the fusion dropped .* of the LLM; fuse"
+    )
+    with pytest.raises(UsageError, match=message):
+        unfuse(tmp_path / "child", tower, tmp_path / "back")
+    wide = dataclasses.replace(recipe, head="wide", output=tmp_path / "wide")
+    assert not any("is dropped" in line for line in Fusion.plan(wide).as_lines())
+    fuse(wide)
+    unfuse(tmp_path / "wide", tower, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("method", "tower"), [("cross", "text"), ("cross", "image"), ("width", "text")]
+)
+def test_a_damaged_child_is_found(method: Any, tower: str, tmp_path: Path) -> None:
+    """Else its parent would have fresh hashes of what nobody wrote."""
+    fuse(FusionRecipe(method=method, output=tmp_path / "child", **parents(tmp_path, OPT, OPT)))
+    name = f"layers.3.{'main' if method == 'width' else tower}.ffn.fc1.weight"
+    stored = WeightsFolder(tmp_path / "child").stored(name)
+    content = bytearray(stored.path.read_bytes())
+    content[stored.offset] ^= 1
+    stored.path.write_bytes(content)
+    with pytest.raises(UsageError, match=rf"child: {name} is not what was written, by its sha256"):
+        unfuse(tmp_path / "child", tower, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("cross", {"parents": "x"}, r"parents is 'x', no object"),
+        ("cross", {"parents": {"text": "x"}}, r"text is 'x', no object"),
+        ("width", {"parents": []}, r"parents is \[\], no object"),
+        ("width", {"recipe": ["width"]}, r"recipe is \['width'\], no object"),
+        ("width", {"recipe": {}}, r"neither a JAM-Cross nor a JAM-Width"),
+        ("width", {"recipe": {"method": "width"}}, r"fill of the recipe is None, not copy"),
+        ("width", {"recipe": {"method": "width", "fill": []}}, r"fill of the recipe is \[\]"),
+    ],
+    ids=str,
+)
+def test_a_provenance_of_another_kind_is_told(
+    method: Any, change: dict, message: str, tmp_path: Path
+) -> None:
+    fuse(FusionRecipe(method=method, output=tmp_path / "child", **parents(tmp_path, OPT, OPT)))
+    file = tmp_path / "child" / PROVENANCE
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UsageError, match=message):
+        unfuse(tmp_path / "child", "text", tmp_path / "back")
 
 
 def test_the_command_and_its_mistakes(tmp_path: Path) -> None:
