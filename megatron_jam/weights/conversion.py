@@ -98,6 +98,7 @@ class Conversion:
                 lambda name: read_as(self.tensors[name], torch.float32),
                 writer.read_back,
                 order=self.ids.order,
+                stored=lambda name: self.tensors[name].read(),
             )
             self.unchanged.check()
             writer.finish({**self.origin, "certificate": certificate})
@@ -130,7 +131,9 @@ def fitted(
     Raises:
         UsageError: it has another shape.
     """
-    padding = tensor.shape[0] - entry.shape[0] if entry.is_vocabulary else 0
+    # One number has no rows; its shape is refused below.
+    has_rows = entry.is_vocabulary and bool(tensor.shape)
+    padding = tensor.shape[0] - entry.shape[0] if has_rows else 0
     if padding and not 0 < padding <= most_padding:
         raise UsageError(
             f"{key} has {tensor.shape[0]:,} token rows, but the tokenizer has"

@@ -256,3 +256,12 @@ def test_what_does_not_fit_is_named(spoil: str, message: str, tmp_path: Path) ->
     arguments = ("import", "opt", "out", "--tokenizer", str(pico_source(tmp_path)))
     fails(tool("convert_hf", *arguments, cwd=tmp_path), message)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_token_table_of_one_number_is_refused(tmp_path: Path) -> None:
+    source = save_opt(tmp_path / "opt")
+    path = source / "model.safetensors"
+    key = "model.decoder.embed_tokens.weight"
+    save_file(load_file(path) | {key: torch.tensor(1.0).half()}, path)
+    with pytest.raises(UsageError, match=rf"{key} has shape \[\], but embedding.tokens.weight is"):
+        read_hugging_face(source, pico_source(tmp_path))

@@ -11,6 +11,8 @@ import torch
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.model import BridgeConfig, ModelConfig
+from megatron_jam.models.parameters import Parameter
+from megatron_jam.weights.conversion import Conversion
 from megatron_jam.weights.folder import WeightsFolder
 from megatron_jam.weights.metaseq.convert import read_metaseq
 from megatron_jam.weights.metaseq.files import find_parts
@@ -117,6 +119,67 @@ ODD: dict[str, tuple[Callable[[Values], Any], str]] = {
     "dict": (in_model(**{MYSTERY: {"a": torch.ones(2)}}), r"decoder\.mystery is a dict, no tensor"),
     "list": (in_model(**{MYSTERY: [torch.ones(2)]}), r"decoder\.mystery is a list, no tensor"),
 }
+
+
+LAYER = "decoder.layers.0"
+TWICE: dict[str, tuple[str, str, str]] = {  # key, of what shape, what is said
+    "positions": (
+        "decoder.embed_positions_cm3.weight",
+        "decoder.embed_positions.weight",
+        r"embed_positions\.weight and decoder\.embed_positions_cm3\.weight both give embedding",
+    ),
+    "packed and apart": (
+        f"{LAYER}.self_attn.qkv_proj.bias",
+        f"{LAYER}.fc1.bias",
+        r"self_attn\.k_proj\.bias and decoder.*qkv_proj\.bias both give layers\.0\.main\.attention",
+    ),
+    "00": (
+        "decoder.layers.00.fc2.weight",
+        f"{LAYER}.fc2.weight",
+        r"decoder\.layers\.00\.fc2\.weight, which no known model has",
+    ),
+    "other digits": (
+        "decoder.layers.\u0660.fc2.weight",
+        f"{LAYER}.fc2.weight",
+        r"decoder\.layers\.\u0660\.fc2\.weight, which no known model has",
+    ),
+    "5,000 digits": (
+        f"decoder.layers.{'9' * 5000}.fc2.weight",
+        f"{LAYER}.fc2.weight",
+        r"decoder\.layers\.9+\.fc2\.weight, which no known model has",
+    ),
+}
+
+
+@pytest.mark.parametrize("twice", TWICE)
+def test_two_keys_of_one_weight_are_refused(twice: str, tmp_path: Path) -> None:
+    key, like, message = TWICE[twice]
+
+    def change(values: Values) -> None:
+        model = values["model"]
+        rows = 96 if "qkv" in key else len(model[like])
+        model[key] = torch.zeros(rows, *model[like].shape[1:]).half()
+
+    path = put(tmp_path / "a.pt", change)
+    with pytest.raises(UsageError, match=message):
+        read_metaseq(str(path), pico_source(tmp_path))
+
+
+def test_a_conversion_that_lost_rows_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, whole = put(tmp_path / "a.pt", lambda v: None), Conversion._whole
+
+    def spoil(self: Conversion, entry: Parameter) -> torch.Tensor:
+        tensor = whole(self, entry).clone()
+        if entry.name == "embedding.positions.weight":
+            tensor[34:] = 0  # behind the certificate's prompts
+        return tensor
+
+    monkeypatch.setattr(Conversion, "_whole", spoil)
+    with pytest.raises(UsageError, match=r"embedding\.positions\.weight of the result differs"):
+        read_metaseq(str(path), pico_source(tmp_path)).write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("odd", ODD)
