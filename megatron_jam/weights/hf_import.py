@@ -95,13 +95,9 @@ def read_hugging_face(source: Path, tokenizer: Path) -> Conversion:
             f"{rows:,}",
             f"{ids.vocabulary.size:,}",
         )
+    origin = _origin(source, kind)
     return Conversion(
-        config=config,
-        ids=ids,
-        tensors=tensors,
-        steps=steps,
-        origin=_origin(source, kind),
-        unchanged=unchanged,
+        config=config, ids=ids, tensors=tensors, steps=steps, origin=origin, unchanged=unchanged
     )
 
 
