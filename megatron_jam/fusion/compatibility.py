@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_jam.config.errors import UsageError
-from megatron_jam.config.files import check_not_read, check_replaceable
+from megatron_jam.config.files import check_not_read
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import MAIN, TowerConfig
 from megatron_jam.fusion.vocabulary import kind_of, tokens_of
 from megatron_jam.tokenizers.text import TextTokenizer
-from megatron_jam.weights.folder import PROVENANCE, WeightsFolder
+from megatron_jam.weights.folder import WeightsFolder, check_output
 from megatron_jam.weights.load import check_tensors
 
 _OF_A_TOWER = "uniform and width refuse; cross keeps each tower's own"
@@ -90,7 +90,7 @@ def _of_vocabularies(text: WeightsFolder, image: WeightsFolder) -> list[Differen
 
 def _check_output(path: Path) -> None:
     """Raise UsageError, before any work and for a mere plan too, if no folder can stand there."""
-    check_replaceable(path, PROVENANCE)
+    check_output(path)
     for above in path.parents:
         if above.exists() and not above.is_dir():
             raise UsageError(f"output {path} lies in {above}, which is a file: name another folder")

@@ -272,3 +272,12 @@ def test_a_truncated_file_is_one_line(tmp_path: Path) -> None:
     }.items():
         fails(tool(name, *arguments, cwd=tmp_path), message)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_damaged_journal_is_no_journal(source: str, tmp_path: Path) -> None:
+    output = tmp_path / "made"
+    killed(source, output, 30)
+    (journal,) = tmp_path.glob(f".*/{JOURNAL}")
+    journal.write_text("{")
+    assert conversion(source).write(output, file_bytes=FILE_BYTES)["largest_difference"] == 0
+    assert not list(tmp_path.glob(f".*/{JOURNAL}"))
