@@ -309,3 +309,25 @@ def test_metaseqs_script_leaves_metadata_of_shards_empty(tmp_path: Path) -> None
     assert found.keys() == due.keys()
     for name, tensor in due.items():
         assert torch.equal(found[name].read(), tensor), name
+
+
+@pytest.mark.parametrize(
+    "twice",
+    ["decoder.embed_tokens.weight", "decoder.layers.0.fc1.weight", ""],
+    ids=["in one flat vector", "in two", "beside them"],
+)
+def test_one_name_twice_in_a_part_is_told(twice: str, tmp_path: Path) -> None:
+    def change(values: dict[str, Any]) -> dict[str, Any]:
+        if twice:
+            (held,) = values["shard_metadata"]["param_metadata"][0]["params"].values()
+            held["names"][1] = twice
+        else:
+            values["model"]["decoder.embed_positions.weight"] = torch.ones(1)
+        return values
+
+    source = save(tmp_path / "in", OPT, tensors_of(OPT), shards=2)
+    for path in (tmp_path / "in").glob("*.pt"):
+        alter(path, change)
+    name = twice or "decoder.embed_positions.weight"
+    with pytest.raises(UsageError, match=f"shard0.pt gives {name} twice"):
+        read_metaseq(source, pico_source(tmp_path))

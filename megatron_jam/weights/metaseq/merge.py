@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -140,13 +140,21 @@ def _part(shards: Sequence[TorchFile]) -> dict[str, Lazy]:
             flat.add(key)
             pieces = [_piece(file, number, flat_name, key) for file in shards]
             _check_alike(key, pieces, [str(file.path) for file in shards], 0)
-            tensors |= _unflatten(shards[0].path, path, held, pieces)
+            _add(tensors, _unflatten(shards[0].path, path, held, pieces), shards[0].path)
     buffers = shards[0].values["model"]
-    tensors |= {key: tensor for key, tensor in buffers.items() if key not in flat}
+    beside = ((key, tensor) for key, tensor in buffers.items() if key not in flat)
+    _add(tensors, beside, shards[0].path)
     for entry in shards[0].values["shard_metadata"]["param_metadata"]:
         for kept, copy in entry.get("shared_param_info") or ():
             tensors[str(copy)] = tensors[str(kept)]
     return tensors
+
+
+def _add(tensors: dict[str, Lazy], found: Iterable[tuple[str, Lazy]], path: Path) -> None:
+    for name, tensor in found:
+        if name in tensors:
+            raise UsageError(f"{path} gives {name} twice")
+        tensors[name] = tensor
 
 
 def _under(path: str, name: str) -> str:
@@ -167,7 +175,7 @@ def _piece(file: TorchFile, number: int, flat_name: str, key: str) -> Lazy:
 
 def _unflatten(
     path: Path, room: str, held: Mapping[str, Any], pieces: Sequence[Lazy]
-) -> dict[str, Lazy]:
+) -> Iterator[tuple[str, Lazy]]:
     """The tensors that lie one after the other in a flat vector of several pieces."""
     numels, length = list(held["numels"]), sum(piece.shape[0] for piece in pieces)
     if sum(numels) != length:
@@ -176,7 +184,6 @@ def _unflatten(
             f" {room or 'the model'}, but {sum(numels):,} are due: a shard is missing"
         )
     starts = [0, *accumulate(numels)]
-    tensors = {}
     for name, shape, start, count in zip(
         held["names"], held["shapes"], starts[:-1], numels, strict=True
     ):
@@ -185,13 +192,13 @@ def _unflatten(
             raise UsageError(
                 f"{path}: {name} has shape {shape}, but {count} numbers: copy it again"
             )
-        tensors[_under(room, str(name))] = Lazy(
+        tensor = Lazy(
             shape=shape,
             dtype=pieces[0].dtype,
             read=partial(_stretch, pieces, start, start + count, shape),
             cut=partial(_stretch_rows, pieces, start, shape),
         )
-    return tensors
+        yield _under(room, str(name)), tensor
 
 
 def _stretch(pieces: Sequence[Lazy], start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
