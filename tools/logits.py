@@ -40,6 +40,8 @@ def main(
         raise UsageError(f"{out} is a folder: name the file to write in it")
     if out.resolve() == ids.resolve():
         raise UsageError(f"--out {out} would replace the ids: name another file to write")
+    if out.resolve().parent == weights.resolve():
+        raise UsageError(f"--out {out} lies in the weights folder: name a file beside it")
     given = read_array(ids)
     world = start_world(parallel)
     found = folder_logits(weights, given, world, dtype=DTYPES[precision])

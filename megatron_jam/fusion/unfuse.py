@@ -3,7 +3,8 @@
 What fusion kept apart comes back bit for bit: towers, per-tower tables, the wide head's norms, the
 halves of a width. What the towers share (a token table, the projecting head's norm) comes back as
 the child has it. Of what the narrower tower reads through a projection that is its first columns,
-which is right while the projection is the identity as which it began, and refused otherwise.
+which is right while the projection is the identity as which it began, and refused otherwise; so is
+a last norm that is the wider tower's alone.
 """
 
 import dataclasses
@@ -84,17 +85,30 @@ def _check_fused(child: WeightsFolder, tower: str) -> None:
                 f"{child.path / PROVENANCE}: fill of the recipe is {fill!r}, not copy, average or"
                 " diagonal: copy the folder again"
             )
+        _check_two_halves(child)
     check_tensors(child)
+
+
+def _check_two_halves(child: WeightsFolder) -> None:
+    wide = child.config.towers[MAIN]
+    halved = ("hidden_size", "num_heads", "num_kv_heads", "inner_size")
+    if odd := [name for name in halved if getattr(wide, name) % 2]:
+        raise UsageError(
+            f"{child.path}: its recipe says width, but {odd[0]} is {getattr(wide, odd[0])}, no two"
+            " halves: copy the folder again"
+        )
 
 
 def _check_given_back(child: WeightsFolder, tower: str, table: list[Parameter]) -> None:
     """Raise UsageError where a JAM-Cross no longer has what a tower computed with."""
     whose = "the LLM" if tower == TEXT else "the image model"
-    for entry in table:
-        if entry.name.startswith("head.norm.") and _source(child, entry.name, tower) is None:
+    for name in (entry.name for entry in table if entry.name.startswith("head.norm.")):
+        source = _source(child, name, tower)
+        # A norm of both towers is as wide as the wider one: the narrower one's is not in it.
+        if source is None or (source == name and tower in child.config.projected_towers):
             raise UsageError(
-                f"{child.path} has no {entry.name} to give back: its head is shared by both towers,"
-                f" and the fusion dropped the last norm of {whose}; fuse with `head: wide`"
+                f"{child.path} has no {name} of {whose} to give back: its head is shared by"
+                " both towers, and the fusion dropped that norm; fuse with `head: wide`"
             )
     for room in ("embedding.projection.weight", PROJECTION):
         name = of_tower(room, tower)

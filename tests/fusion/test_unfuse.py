@@ -20,6 +20,8 @@ from tests.helpers.pico import LLAMA, SEPARATE, pico_config, pico_folder, pico_v
 OPT = pico_config("tower", bias=True, affine_norm=True)
 UNTIED = dataclasses.replace(pico_config("tower", **LLAMA, qk_norm=True), tied=False)
 NARROW = pico_config("tower", num_layers=3, hidden_size=24, bias=True, affine_norm=True)
+PLAIN = pico_config("tower")
+PLAIN_NARROW = pico_config("tower", num_layers=3, hidden_size=24)
 
 
 def parents(root: Path, text: ModelConfig, image: ModelConfig) -> dict[str, Path]:
@@ -64,7 +66,7 @@ def settled(folder: WeightsFolder) -> TowerConfig:
 
 
 def test_a_shared_table_comes_back_as_the_child_has_it(tmp_path: Path) -> None:
-    paths = parents(tmp_path, OPT, NARROW)
+    paths = parents(tmp_path, PLAIN, PLAIN_NARROW)
     fuse(FusionRecipe(method="cross", output=tmp_path / "child", **paths))
     span = pico_vocabulary().text
     rows = slice(span.start, span.stop)
@@ -105,11 +107,8 @@ def test_a_trained_projection_of_the_shared_table_is_told(
     head: Any, name: str, tmp_path: Path
 ) -> None:
     """The table's first columns are then no longer what the narrower tower reads."""
-    fuse(
-        FusionRecipe(
-            method="cross", output=tmp_path / "child", head=head, **parents(tmp_path, OPT, NARROW)
-        )
-    )
+    paths = parents(tmp_path, PLAIN, PLAIN_NARROW)
+    fuse(FusionRecipe(method="cross", output=tmp_path / "child", head=head, **paths))
     unfuse(tmp_path / "child", "image", tmp_path / "back")
     trained = changed(tmp_path / "child", tmp_path / "trained", name, 1e-3)
     message = rf"tower image reads the shared table through {name}, .* `tables: per_tower`"
@@ -122,7 +121,7 @@ def test_a_trained_projection_of_the_shared_table_is_told(
 @pytest.mark.parametrize("tables", ["shared", "per_tower"])
 def test_a_trained_projection_of_both_towers_is_no_hindrance(tables: Any, tmp_path: Path) -> None:
     """It is random from the start, and no parent's."""
-    paths = parents(tmp_path, OPT, NARROW)
+    paths = parents(tmp_path, PLAIN, PLAIN_NARROW)
     fuse(FusionRecipe(method="cross", output=tmp_path / "child", tables=tables, **paths))
     unfuse(tmp_path / "child", "image", tmp_path / "back")
     back = WeightsFolder(tmp_path / "back")
@@ -154,6 +153,12 @@ def changed(path: Path, output: Path, name: str, by: float) -> Path:
         ({"affine_norm": True}, {}, "text", ["weight", "bias"]),
         ({}, {"affine_norm": True}, "text", []),
         ({"affine_norm": True}, {"affine_norm": True, "norm": "rms"}, "text", ["bias"]),
+        (
+            {"affine_norm": True, "hidden_size": 24},
+            {"affine_norm": True},
+            "text",
+            ["weight", "bias"],
+        ),
     ],
     ids=str,
 )
@@ -170,9 +175,7 @@ def test_a_last_norm_that_fusion_dropped_is_told(
     if not dropped:
         unfuse(tmp_path / "child", tower, tmp_path / "back")
         return
-    message = (
-        rf"no head\.norm\.{dropped[0]} to give back: .* the fusion dropped .* of the LLM; fuse"
-    )
+    message = rf"no head\.norm\.{dropped[0]} of the LLM to give back: .* dropped that norm; fuse"
     with pytest.raises(UsageError, match=message):
         unfuse(tmp_path / "child", tower, tmp_path / "back")
     wide = dataclasses.replace(recipe, head="wide", output=tmp_path / "wide")
@@ -218,6 +221,16 @@ def test_a_provenance_of_another_kind_is_told(
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(UsageError, match=message):
         unfuse(tmp_path / "child", "text", tmp_path / "back")
+
+
+def test_a_forged_width_is_told(tmp_path: Path) -> None:
+    """A model of one tower that says that it is a width, but cannot be."""
+    odd = pico_folder(tmp_path / "odd", pico_config("tower", num_heads=1, num_kv_heads=1))
+    file = odd / PROVENANCE
+    recipe = {"recipe": {"method": "width", "fill": "copy"}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **recipe}))
+    with pytest.raises(UsageError, match=r"recipe says width, but num_heads is 1, no two halves"):
+        unfuse(odd, "text", tmp_path / "back")
 
 
 def test_the_command_and_its_mistakes(tmp_path: Path) -> None:

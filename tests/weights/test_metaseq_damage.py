@@ -331,3 +331,17 @@ def test_one_name_twice_in_a_part_is_told(twice: str, tmp_path: Path) -> None:
     name = twice or "decoder.embed_positions.weight"
     with pytest.raises(UsageError, match=f"shard0.pt gives {name} twice"):
         read_metaseq(source, pico_source(tmp_path))
+
+
+def test_a_shared_name_that_is_another_tensor_is_told(tmp_path: Path) -> None:
+    def change(values: dict[str, Any]) -> dict[str, Any]:
+        (shared,) = values["shard_metadata"]["param_metadata"][0]["shared_param_info"]
+        again = (shared[0], "decoder.embed_positions.weight")
+        values["shard_metadata"]["param_metadata"][0]["shared_param_info"] = [shared, shared, again]
+        return values
+
+    source = save(tmp_path / "in", OPT, tensors_of(OPT), shards=2)
+    for path in (tmp_path / "in").glob("*.pt"):
+        alter(path, change)
+    with pytest.raises(UsageError, match=r"shard0.pt gives decoder.embed_positions.weight twice"):
+        read_metaseq(source, pico_source(tmp_path))

@@ -146,7 +146,8 @@ def _part(shards: Sequence[TorchFile]) -> dict[str, Lazy]:
     _add(tensors, beside, shards[0].path)
     for entry in shards[0].values["shard_metadata"]["param_metadata"]:
         for kept, copy in entry.get("shared_param_info") or ():
-            tensors[str(copy)] = tensors[str(kept)]
+            if tensors.setdefault(str(copy), tensors[str(kept)]) is not tensors[str(kept)]:
+                raise UsageError(f"{shards[0].path} gives {copy} twice")
     return tensors
 
 
