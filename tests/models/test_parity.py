@@ -46,7 +46,7 @@ LAYOUTS = {
 }
 """Layout, replicas, recomputation."""
 
-COMMON = ("tp2", "pp2", "dp2", COMBINED, "pp2-dp2", "tp2-pp2-interleaved-dp2")
+COMMON = ("pp2", "dp2", COMBINED, "pp2-dp2", "tp2-pp2-interleaved-dp2")
 """Layouts whose optimizer steps are compared by default."""
 
 ADDED_APART = partial(loss_and_gradients, main_gradients=False)
@@ -54,16 +54,16 @@ ADDED_APART = partial(loss_and_gradients, main_gradients=False)
 
 SAMPLES, LENGTH = 4, 16
 EVERYWHERE = ["opt", "llama", "width", "cross", "unequal"]
-"""Models for every layout; of those of one tower some layouts by default, which have all that
-splits or repeats a model."""
+"""Models for every layout; of all but the cross some layouts by default, which have all that splits
+or repeats a model."""
 
-ONE_TOWER = (COMBINED, "tp4-pp2-sp", "tp2-pp2-interleaved-dp2")
+FULL = (COMBINED, "tp4-pp2-sp", "tp2-pp2-interleaved-dp2")
 """Those."""
 
 
 def unless_slow(kind: str, layout: str, *, by_default: Container[str]) -> Any:
-    """A case that runs by default if its model is "cross" or "unequal", or its layout is listed."""
-    is_default = kind in ("cross", "unequal") or layout in by_default
+    """A case that runs by default if its model is "cross", or its layout is listed."""
+    is_default = kind == "cross" or layout in by_default
     return pytest.param(kind, layout, marks=[] if is_default else pytest.mark.slow)
 
 
@@ -200,7 +200,7 @@ def test_gradients_reach_every_parameter(kind: str, single: dict) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [unless_slow(kind, each, by_default=ONE_TOWER) for kind in EVERYWHERE for each in LAYOUTS]
+    [unless_slow(kind, each, by_default=FULL) for kind in EVERYWHERE for each in LAYOUTS]
     + [(kind, COMBINED) for kind in configs() if kind not in EVERYWHERE],
 )
 def test_layouts_agree(
@@ -222,7 +222,7 @@ def test_layouts_agree(
         pytest.param(
             kind,
             layout,
-            marks=[] if kind == "cross" or layout == ONE_TOWER[-1] else pytest.mark.slow,
+            marks=[] if kind == "cross" or layout == FULL[-1] else pytest.mark.slow,
         )
         for kind in ("opt", "cross", "unequal")
         for layout, (_, data, _) in LAYOUTS.items()
@@ -309,7 +309,8 @@ def counting_products(world: World, *run: Any, **settings: Any) -> Any:
         pytest.param("cross", each, True, marks=[] if each in COMMON else pytest.mark.slow)
         for each in LAYOUTS
     ]
-    + [("cross", each, False) for each in ("tp2-pp2-sp", "pp2-dp2", "tp2-pp2-dp2-sp-recompute")]
+    + [("cross", each, False) for each in ("pp2-dp2", "tp2-pp2-dp2-sp-recompute")]
+    + [pytest.param("cross", "tp2-pp2-sp", False, marks=pytest.mark.slow)]
     + [(each, "tp2-pp2-dp2-sp-recompute", True) for each in ("opt", "llama", "width", "unequal")]
     + [("separate", "pp2-dp2", True), ("unequal", "pp2-dp2", True)],
 )

@@ -28,7 +28,12 @@ def run_fused(world: World, values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "fused_first"),
-    [("weights", True), ("weights", False), ("chameleon", True), ("chameleon", False)],
+    [
+        ("weights", True),
+        ("chameleon", False),
+        pytest.param("weights", False, marks=pytest.mark.slow),
+        pytest.param("chameleon", True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_goes_on_with_the_other_backend(
     kind: str, fused_first: bool, material: tuple[Path, Path], pool: WorkerPool, tmp_path: Path

@@ -37,7 +37,7 @@ def losses_in_fp32(
     return losses(output)
 
 
-@pytest.mark.parametrize("layout", ["tp2-pp2", "dp2"])
+@pytest.mark.parametrize("layout", [pytest.param("tp2-pp2", marks=pytest.mark.slow), "dp2"])
 def test_bf16_trains_and_resumes(
     pool: WorkerPool,
     layout: str,

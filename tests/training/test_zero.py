@@ -141,7 +141,7 @@ def test_checkpoints_move_between_stages_engines_and_numbers_of_ranks(
 @pytest.mark.parametrize(
     ("kind", "precision"),
     [
-        ("stage 3, small weights whole", "bf16"),
+        pytest.param("stage 3, small weights whole", "bf16", marks=pytest.mark.slow),
         pytest.param("stage 2", "fp32", marks=pytest.mark.slow),
         pytest.param("stage 2, optimizer on the host", "bf16", marks=pytest.mark.slow),
         pytest.param("stage 3", "fp32", marks=pytest.mark.slow),
