@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from megatron_jam.models.parameters import Parameter
 from megatron_jam.weights.folder import FolderWriter, WeightsFolder
 from megatron_jam.weights.reference import reference_logits
 from megatron_jam.weights.stream import tensor_sha256
-from tests.helpers.pico import SEPARATE, pico_config, pico_folder
+from tests.helpers.pico import SEPARATE, changed_folder, pico_config, pico_folder
 from tests.helpers.pool import WorkerPool
 from tests.helpers.runs import whole_logits
 
@@ -152,26 +151,13 @@ def test_a_parent_that_changes_meanwhile_is_found(
     assert list(tmp_path.iterdir()) == []
 
 
-def with_tensors(path: Path, like: Path, change: Callable[[Tensor], Tensor]) -> Path:
-    """A weights folder with the tensors of another, each changed."""
-    folder = WeightsFolder(like)
-    shapes = {name: folder.shape(name) for name in folder.names}
-    with FolderWriter(
-        path, config=folder.config, source=like, shapes=shapes, dtype=folder.dtype
-    ) as writer:
-        for name in shapes:
-            writer.write(name, change(folder.read(name).clone()))
-        writer.finish({"source": "changed"})
-    return path
-
-
 @pytest.mark.parametrize("share", [0.3, 1 / 3])
 def test_terms_that_nearly_cancel_are_sums_in_fp32(
     share: float, parents: dict[str, Path], tmp_path: Path
 ) -> None:
     """Their sum is as small as what the products lost; a difference beyond that is found."""
-    image = with_tensors(
-        tmp_path / "image", parents["text"], lambda each: each * (-share / (1 - share))
+    image = changed_folder(
+        tmp_path / "image", parents["text"], lambda _, each: each * (-share / (1 - share))
     )
     recipe = FusionRecipe(
         method="uniform",
@@ -209,11 +195,11 @@ def test_what_must_be_zero_is_zero(
 def test_numbers_that_are_not_finite_are_the_parents_fault(
     value: float, parents: dict[str, Path], tmp_path: Path
 ) -> None:
-    def spoilt(each: Tensor) -> Tensor:
+    def spoilt(_: str, each: Tensor) -> Tensor:
         each.view(-1)[0] = value
         return each
 
-    image = with_tensors(tmp_path / "image", parents["image"], spoilt)
+    image = changed_folder(tmp_path / "image", parents["image"], spoilt)
     given = {"text": parents["text"], "image": image, "output": tmp_path / "child"}
     with pytest.raises(UsageError, match=r"is made of is not finite in one of .*image, .*text"):
         fuse(FusionRecipe(method="uniform", **given))

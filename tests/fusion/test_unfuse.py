@@ -7,15 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_jam.config.errors import UsageError
 from megatron_jam.config.fusion import FusionRecipe
 from megatron_jam.config.model import ModelConfig, TowerConfig
 from megatron_jam.fusion.fuse import Fusion, fuse
 from megatron_jam.fusion.unfuse import unfuse
-from megatron_jam.weights.folder import PROVENANCE, FolderWriter, WeightsFolder
+from megatron_jam.weights.folder import PROVENANCE, WeightsFolder
 from tests.helpers.commands import fails, tool
-from tests.helpers.pico import LLAMA, SEPARATE, pico_config, pico_folder, pico_vocabulary
+from tests.helpers.pico import (
+    LLAMA,
+    SEPARATE,
+    changed_folder,
+    pico_config,
+    pico_folder,
+    pico_vocabulary,
+)
 
 OPT = pico_config("tower", bias=True, affine_norm=True)
 UNTIED = dataclasses.replace(pico_config("tower", **LLAMA, qk_norm=True), tied=False)
@@ -110,7 +118,13 @@ def test_a_trained_projection_of_the_shared_table_is_told(
     paths = parents(tmp_path, PLAIN, PLAIN_NARROW)
     fuse(FusionRecipe(method="cross", output=tmp_path / "child", head=head, **paths))
     unfuse(tmp_path / "child", "image", tmp_path / "back")
-    trained = changed(tmp_path / "child", tmp_path / "trained", name, 1e-3)
+
+    def train(each: str, tensor: Tensor) -> Tensor:
+        if each == name:
+            tensor[-1, -1] += 1e-3
+        return tensor
+
+    trained = changed_folder(tmp_path / "trained", tmp_path / "child", train)
     message = rf"tower image reads the shared table through {name}, .* `tables: per_tower`"
     with pytest.raises(UsageError, match=message):
         unfuse(trained, "image", tmp_path / "x")
@@ -129,22 +143,6 @@ def test_a_trained_projection_of_both_towers_is_no_hindrance(tables: Any, tmp_pa
         back.read("layers.2.main.ffn.fc2.weight"),
         WeightsFolder(paths["image"]).read("layers.2.main.ffn.fc2.weight"),
     )
-
-
-def changed(path: Path, output: Path, name: str, by: float) -> Path:
-    """A weights folder like another but for one element, as training would leave it."""
-    folder = WeightsFolder(path)
-    shapes = {each: folder.shape(each) for each in folder.names}
-    with FolderWriter(
-        output, config=folder.config, source=path, shapes=shapes, dtype=folder.dtype
-    ) as writer:
-        for each in shapes:
-            tensor = folder.read(each).clone()
-            if each == name:
-                tensor[-1, -1] += by
-            writer.write(each, tensor)
-        writer.finish({"made_by": "training"})
-    return output
 
 
 @pytest.mark.parametrize(

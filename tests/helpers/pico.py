@@ -1,14 +1,16 @@
 """Models small enough for tests, with weights that are large enough to matter."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_jam.config.model import BridgeConfig, ModelConfig, TowerConfig
 from megatron_jam.models.parameters import parameter_table
 from megatron_jam.tokenizers.text import TextTokenizer
 from megatron_jam.tokenizers.vocabulary import JointVocabulary
-from megatron_jam.weights.folder import TOKENIZER, VOCABULARY, FolderWriter
+from megatron_jam.weights.folder import TOKENIZER, VOCABULARY, FolderWriter, WeightsFolder
 
 LLAMA: dict[str, object] = {
     "norm": "rms",
@@ -92,3 +94,16 @@ def pico_folder(
             writer.write(name, tensors[name])
         writer.finish({"source": "pico"})
     return path
+
+
+def changed_folder(output: Path, like: Path, change: Callable[[str, Tensor], Tensor]) -> Path:
+    """A weights folder with the tensors of another, each changed."""
+    folder = WeightsFolder(like)
+    shapes = {name: folder.shape(name) for name in folder.names}
+    with FolderWriter(
+        output, config=folder.config, source=like, shapes=shapes, dtype=folder.dtype
+    ) as writer:
+        for name in shapes:
+            writer.write(name, change(name, folder.read(name).clone()))
+        writer.finish({"made_by": "a test"})
+    return output
